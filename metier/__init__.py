@@ -1,0 +1,28 @@
+"""metier: an organisation's own records become a LoRA adapter, with the proof that it works."""
+
+from __future__ import annotations
+
+import importlib
+from typing import Any
+
+__all__ = ["Recipe", "evaluate", "load", "prepare", "run", "train"]
+
+_HOMES = {
+    "Recipe": "metier.recipe",
+    "evaluate": "metier.pipeline",
+    "load": "metier.model.specialist",
+    "prepare": "metier.pipeline",
+    "run": "metier.pipeline",
+    "train": "metier.pipeline",
+}
+
+
+def __getattr__(name: str) -> Any:
+    # Importing metier must not import torch: a public name is fetched when it is first used.
+    if name not in _HOMES:
+        raise AttributeError(f"module 'metier' has no attribute {name!r}")
+    return getattr(importlib.import_module(_HOMES[name]), name)
+
+
+def __dir__() -> list[str]:
+    return __all__

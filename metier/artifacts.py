@@ -1,0 +1,241 @@
+"""An artifact is a folder of public formats with a manifest.json; it is visible only when complete.
+
+A stage writes into a folder beside the final one, fsyncs, and renames. The manifest's `key` says what
+the stage was asked for (its config and its parents' digests): the same key means there is nothing to
+do. Its `digest` says what came out: it covers the files that carry the result, not logs and timings,
+so that a run that was killed and resumed has the same digest as one that was not.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import datetime
+import errno
+import hashlib
+import importlib.metadata
+import json
+import os
+import platform
+import shutil
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from metier.errors import RunError
+
+MANIFEST = "manifest.json"
+# It records how the work went, so it differs between two runs with the same result.
+LOGS = ("metrics.jsonl",)
+LIBRARIES = ("torch", "transformers", "tokenizers", "safetensors", "numpy", "polars")
+
+
+def digest_bytes(data: bytes) -> str:
+    """SHA-256 of `data`, as 64 hexadecimal digits."""
+    return hashlib.sha256(data).hexdigest()
+
+
+def digest_file(path: Path) -> str:
+    """SHA-256 of a file's bytes, as 64 hexadecimal digits."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def digest_json(value: Any) -> str:
+    """SHA-256 of a JSON value in one canonical spelling (sorted keys, no spaces)."""
+    text = json.dumps(value, sort_keys=True, ensure_ascii=False, separators=(",", ":"))
+    return digest_bytes(text.encode())
+
+
+def fsync_dir(path: Path) -> None:
+    """Makes renames and new names inside `path` survive a power cut (a no-op on Windows)."""
+    if os.name == "nt":
+        return
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+@contextlib.contextmanager
+def disk_errors(path: Path) -> Iterator[None]:
+    """Turns a full or read-only disk under `path` into a `RunError` that says what to do."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise RunError(
+                f"the disk is full: `{path}` could not be written",
+                hint="what was complete before is intact; free some space and run the same command again",
+            ) from error
+        if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
+            raise RunError(
+                f"no permission to write `{path}`",
+                hint="choose another folder with `--out`, or change the folder's permissions",
+            ) from error
+        raise
+
+
+def write_atomic(path: Path, data: bytes) -> None:
+    """Writes `path` so that a reader sees the old bytes or all the new ones, never a part.
+
+    Raises `RunError` when the disk is full or not writable; `path` is then as it was.
+    """
+    aside = path.with_name(f".{path.name}.tmp")
+    with disk_errors(path):
+        try:
+            with aside.open("wb") as file:
+                file.write(data)
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(aside, path)
+            fsync_dir(path.parent)
+        finally:
+            aside.unlink(missing_ok=True)
+
+
+def write_json(path: Path, value: Any) -> None:
+    """`write_atomic` of a JSON value, indented, in UTF-8, NaN refused."""
+    text = json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False)
+    write_atomic(path, (text + "\n").encode())
+
+
+def read_manifest(folder: Path) -> dict[str, Any] | None:
+    """The manifest of a complete artifact, or None where there is none (or none that parses)."""
+    try:
+        manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+    except (FileNotFoundError, NotADirectoryError, json.JSONDecodeError, UnicodeDecodeError):
+        return None
+    return manifest if isinstance(manifest, dict) else None
+
+
+def is_current(folder: Path, key: str) -> bool:
+    """Whether `folder` holds a complete artifact that was made for `key`, with its files in place."""
+    manifest = read_manifest(folder)
+    if manifest is None or manifest.get("key") != key:
+        return False
+    return all(
+        (folder / name).is_file() and (folder / name).stat().st_size == entry["bytes"]
+        for name, entry in manifest["files"].items()
+    )
+
+
+def work_folder(final: Path, key: str) -> Path:
+    """The folder in which the artifact `final` is being made for `key`; created when missing.
+
+    Work that was begun for another key is removed: it can no longer become this artifact.
+    """
+    folder = final.with_name(f".{final.name}.partial")
+    marker = folder / "key"
+    with disk_errors(folder):
+        if folder.exists() and (not marker.exists() or marker.read_text() != key):
+            shutil.rmtree(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        if not marker.exists():
+            write_atomic(marker, key.encode())
+    return folder
+
+
+def complete(
+    work: Path, final: Path, *, kind: str, key: str, config: dict[str, Any], parents: dict[str, str],
+    started: float, details: dict[str, Any],
+) -> dict[str, Any]:
+    """Writes the manifest into `work` and renames `work` to `final`, replacing what was there.
+
+    `started` is `time.time()` at the stage's start; `details` are the stage's own entries (counts,
+    seeds, ...). Returns the manifest. Raises `RunError` when the disk is full.
+    """
+    files = {}
+    for path in sorted(p for p in work.rglob("*") if p.is_file()):
+        name = path.relative_to(work).as_posix()
+        if name in (MANIFEST, "key") or name.startswith("checkpoints/"):
+            continue
+        files[name] = {"sha256": digest_file(path), "bytes": path.stat().st_size}
+        with path.open("rb") as file:
+            os.fsync(file.fileno())
+    carried = {n: f["sha256"] for n, f in files.items() if n not in LOGS}
+    finished = time.time()
+    manifest = {
+        "kind": kind,
+        "metier_version": importlib.metadata.version("metier"),
+        "key": key,
+        "digest": digest_json([kind, parents, carried]),
+        "config": config,
+        "parents": parents,
+        "files": files,
+        **details,
+        "libraries": {name: importlib.metadata.version(name) for name in LIBRARIES},
+        "python": platform.python_version(),
+        "machine": f"{platform.system()} {platform.machine()}, {os.cpu_count()} cores",
+        "timing": {
+            "finished": datetime.datetime.fromtimestamp(finished, datetime.UTC).isoformat(timespec="seconds"),
+            "seconds": round(finished - started, 3),
+        },
+    }
+    write_json(work / MANIFEST, manifest)
+    with disk_errors(final):
+        old = final.with_name(f".{final.name}.old")
+        shutil.rmtree(old, ignore_errors=True)
+        if final.exists():
+            os.replace(final, old)
+        os.replace(work, final)
+        (final / "key").unlink(missing_ok=True)
+        fsync_dir(final.parent)
+        shutil.rmtree(old, ignore_errors=True)
+    return manifest
+
+
+@contextlib.contextmanager
+def lock_run(out: Path) -> Iterator[None]:
+    """Holds the run's folder, made when missing, for this process alone.
+
+    Raises `RunError` when another process holds it, when it is a file, or when it holds other
+    people's files: a run never mixes with what it did not make.
+    """
+    import filelock
+
+    if out.exists() and not out.is_dir():
+        raise RunError(f"`{out}` is a file, and a run needs a folder", hint="choose another `out:` or `--out`")
+    names = {p.name for p in out.iterdir()} if out.exists() else set()
+    if names and not names & {"recipe.yaml", ".lock"}:
+        raise RunError(
+            f"`{out}` is in use: it holds {len(names)} other files and is no run of metier",
+            hint="choose another folder with `out:` or `--out`",
+        )
+    with disk_errors(out):
+        out.mkdir(parents=True, exist_ok=True)
+        lock = filelock.FileLock(out / ".lock")
+        try:
+            lock.acquire(timeout=0)
+        except filelock.Timeout:
+            raise RunError(
+                f"another metier process is working in `{out}`",
+                hint="wait for it to end, or give this run a folder of its own with `--out`",
+            ) from None
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+def append_audit(out: Path, action: str, **facts: Any) -> None:
+    """Appends one line to `out/audit.jsonl`: when, who, what, digests; no record text, no personal data.
+
+    Each line carries the SHA-256 of the line before it, so that an altered or missing line shows. A
+    last line torn by a kill is removed first: it was never acknowledged.
+    """
+    path = out / "audit.jsonl"
+    with disk_errors(path):
+        lines = path.read_bytes().splitlines(keepends=True) if path.exists() else []
+        if lines and not lines[-1].endswith(b"\n"):
+            lines.pop()
+            write_atomic(path, b"".join(lines))
+        previous = digest_bytes(lines[-1]) if lines else "0" * 64
+        now = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
+        entry = {"time": now, "user_id": os.getuid() if hasattr(os, "getuid") else None,
+                 "action": action, **facts, "previous": previous}
+        with path.open("ab") as file:
+            file.write((json.dumps(entry, ensure_ascii=False) + "\n").encode())
+            file.flush()
+            os.fsync(file.fileno())
