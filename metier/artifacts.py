@@ -60,7 +60,7 @@ def fsync_dir(path: Path) -> None:
 
 @contextlib.contextmanager
 def disk_errors(path: Path) -> Iterator[None]:
-    """Turns a full or read-only disk under `path` into a `RunError` that says what to do."""
+    """Turns what the disk under `path` refuses (full, read-only, ...) into a `RunError` that says what to do."""
     try:
         yield
     except OSError as error:
@@ -74,7 +74,7 @@ def disk_errors(path: Path) -> Iterator[None]:
                 f"no permission to write `{path}`",
                 hint="choose another folder with `--out`, or change the folder's permissions",
             ) from error
-        raise
+        raise RunError(f"`{path}` could not be written: {error.strerror}") from error
 
 
 def write_atomic(path: Path, data: bytes) -> None:
@@ -107,7 +107,9 @@ def read_manifest(folder: Path) -> dict[str, Any] | None:
         manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
     except (FileNotFoundError, NotADirectoryError, json.JSONDecodeError, UnicodeDecodeError):
         return None
-    return manifest if isinstance(manifest, dict) else None
+    if not isinstance(manifest, dict) or not {"key", "digest", "files"} <= manifest.keys():
+        return None
+    return manifest
 
 
 def is_current(folder: Path, key: str) -> bool:
@@ -116,7 +118,7 @@ def is_current(folder: Path, key: str) -> bool:
     if manifest is None or manifest.get("key") != key:
         return False
     return all(
-        (folder / name).is_file() and (folder / name).stat().st_size == entry["bytes"]
+        (folder / name).is_file() and (folder / name).stat().st_size == entry.get("bytes")
         for name, entry in manifest["files"].items()
     )
 
@@ -129,6 +131,9 @@ def work_folder(final: Path, key: str) -> Path:
     folder = final.with_name(f".{final.name}.partial")
     marker = folder / "key"
     with disk_errors(folder):
+        old = final.with_name(f".{final.name}.old")
+        if old.exists() and not final.exists():
+            os.replace(old, final)  # `complete` was killed between its two renames
         if folder.exists() and (not marker.exists() or marker.read_text() != key):
             shutil.rmtree(folder)
         folder.mkdir(parents=True, exist_ok=True)
@@ -138,8 +143,15 @@ def work_folder(final: Path, key: str) -> Path:
 
 
 def complete(
-    work: Path, final: Path, *, kind: str, key: str, config: dict[str, Any], parents: dict[str, str],
-    started: float, details: dict[str, Any],
+    work: Path,
+    final: Path,
+    *,
+    kind: str,
+    key: str,
+    config: dict[str, Any],
+    parents: dict[str, str],
+    started: float,
+    details: dict[str, Any],
 ) -> dict[str, Any]:
     """Writes the manifest into `work` and renames `work` to `final`, replacing what was there.
 
@@ -147,6 +159,8 @@ def complete(
     seeds, ...). Returns the manifest. Raises `RunError` when the disk is full.
     """
     files = {}
+    for stray in [p for p in work.rglob(".*.tmp") if p.is_file()]:
+        stray.unlink()  # left by a write that was killed
     for path in sorted(p for p in work.rglob("*") if p.is_file()):
         name = path.relative_to(work).as_posix()
         if name in (MANIFEST, "key") or name.startswith("checkpoints/"):
@@ -195,15 +209,15 @@ def lock_run(out: Path) -> Iterator[None]:
     """
     import filelock
 
-    if out.exists() and not out.is_dir():
-        raise RunError(f"`{out}` is a file, and a run needs a folder", hint="choose another `out:` or `--out`")
-    names = {p.name for p in out.iterdir()} if out.exists() else set()
-    if names and not names & {"recipe.yaml", ".lock"}:
-        raise RunError(
-            f"`{out}` is in use: it holds {len(names)} other files and is no run of metier",
-            hint="choose another folder with `out:` or `--out`",
-        )
     with disk_errors(out):
+        if out.exists() and not out.is_dir():
+            raise RunError(f"`{out}` is a file, and a run needs a folder", hint="choose another `out:` or `--out`")
+        names = {p.name for p in out.iterdir()} if out.exists() else set()
+        if names and not names & {"recipe.yaml", ".lock"}:
+            raise RunError(
+                f"`{out}` is in use: it holds {len(names)} other files and is no run of metier",
+                hint="choose another folder with `out:` or `--out`",
+            )
         out.mkdir(parents=True, exist_ok=True)
         lock = filelock.FileLock(out / ".lock")
         try:
@@ -217,6 +231,10 @@ def lock_run(out: Path) -> Iterator[None]:
         yield
     finally:
         lock.release()
+        if [p.name for p in out.iterdir()] == [".lock"]:
+            # Nothing came of it: leave no trace.
+            (out / ".lock").unlink()
+            out.rmdir()
 
 
 def append_audit(out: Path, action: str, **facts: Any) -> None:
@@ -233,8 +251,13 @@ def append_audit(out: Path, action: str, **facts: Any) -> None:
             write_atomic(path, b"".join(lines))
         previous = digest_bytes(lines[-1]) if lines else "0" * 64
         now = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
-        entry = {"time": now, "user_id": os.getuid() if hasattr(os, "getuid") else None,
-                 "action": action, **facts, "previous": previous}
+        entry = {
+            "time": now,
+            "user_id": os.getuid() if hasattr(os, "getuid") else None,
+            "action": action,
+            **facts,
+            "previous": previous,
+        }
         with path.open("ab") as file:
             file.write((json.dumps(entry, ensure_ascii=False) + "\n").encode())
             file.flush()

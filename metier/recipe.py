@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import io
 import re
+from collections.abc import Hashable
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -40,7 +41,8 @@ class DataConfig(Section):
     )
     prompt: str | None = Field(
         default=None,
-        description="A column's name, or a template with columns in braces: `Classify: {text}`. Found by itself when absent.",
+        description="A column's name, or a template with columns in braces: `Classify: {text}`. "
+        "Found by itself when absent.",
     )
     answer: str | None = Field(default=None, description="A column's name, or a template. Found by itself when absent.")
     system: str | None = Field(default=None, description="A system message for every record, or a column's name.")
@@ -53,9 +55,12 @@ class DataConfig(Section):
     )
     task: Literal["auto", "classification", "generation"] = Field(
         default="auto",
-        description="`classification` when the answers are labels; `auto` decides by how few distinct answers there are.",
+        description="`classification` when the answers are labels; `auto` decides by how few distinct answers "
+        "there are.",
     )
-    val: Size = Field(default=0.1, description="Records for choosing the best adapter: a share (0.1) or a number (200).")
+    val: Size = Field(
+        default=0.1, description="Records for choosing the best adapter: a share (0.1) or a number (200)."
+    )
     test: Size = Field(default=0.1, description="Records for the verdict, seen once: a share (0.1) or a number (200).")
 
 
@@ -66,6 +71,7 @@ class AdapterConfig(Section):
     alpha: float = Field(default=32, gt=0, description="The update is scaled by alpha / rank.")
     target_modules: str | list[str] = Field(
         default="all-linear",
+        min_length=1,
         description="`all-linear` (every linear layer but the output head), or names such as [q_proj, v_proj].",
     )
     dropout: float = Field(default=0.0, ge=0, lt=1, description="Dropout on the adapter's input, in training only.")
@@ -81,8 +87,12 @@ class TrainConfig(Section):
     """How the adapter is trained: one step updates it once, from micro_batch_size x grad_accum_steps records."""
 
     epochs: float = Field(default=3, gt=0, description="Passes over the training records.")
-    max_steps: Count | None = Field(default=None, description="Stop the schedule at this many steps, if epochs are more.")
-    micro_batch_size: Count = Field(default=16, description="Records in one forward and backward pass, packed without padding.")
+    max_steps: Count | None = Field(
+        default=None, description="Stop the schedule at this many steps, if epochs are more."
+    )
+    micro_batch_size: Count = Field(
+        default=16, description="Records in one forward and backward pass, packed without padding."
+    )
     grad_accum_steps: Count = Field(default=1, description="Micro-batches in one step.")
     micro_batch_tokens: Count | Literal["auto"] = Field(
         default="auto",
@@ -92,16 +102,20 @@ class TrainConfig(Section):
     max_seq_len: int = Field(default=2048, ge=8, description="Tokens in one record at most.")
     over_length: Literal["reject", "cut_prompt"] = Field(
         default="reject",
-        description="A longer record is left out and counted, or its prompt is cut at the end and counted; an answer is never cut.",
+        description="A longer record is left out and counted, or its prompt is cut at the end and counted; "
+        "an answer is never cut.",
     )
     train_on: Literal["last_assistant", "all_assistant", "all_tokens"] = Field(
-        default="last_assistant", description="Which tokens carry the loss; an answer's end-of-turn token belongs to it."
+        default="last_assistant",
+        description="Which tokens carry the loss; an answer's end-of-turn token belongs to it.",
     )
     learning_rate: Annotated[float, Field(gt=0)] | Literal["auto"] = Field(
         default="auto", description="The peak. `auto`: 5e-4 x (2000 / hidden size) ^ 0.781, i.e. 2.9e-4 for a 7B model."
     )
     min_learning_rate: float = Field(default=0.0, ge=0, description="eta_min, where the cosine ends.")
-    warmup_ratio: float = Field(default=0.03, ge=0, lt=1, description="Share of the steps in which the rate rises linearly.")
+    warmup_ratio: float = Field(
+        default=0.03, ge=0, lt=1, description="Share of the steps in which the rate rises linearly."
+    )
     weight_decay: float = Field(default=0.0, ge=0, description="AdamW's decoupled weight decay, on the adapter.")
     max_grad_norm: float = Field(default=1.0, gt=0, description="The gradient is scaled down to this norm.")
     precision: Literal["auto", "fp32", "bf16", "fp16"] = Field(
@@ -124,9 +138,11 @@ class EvaluateConfig(Section):
     """How base and adapter are compared on the test split."""
 
     tasks: Literal["auto"] | list[Literal["classification", "generation", "perplexity"]] = Field(
-        default="auto", description="`auto`: by the data: labels, open answers or plain text."
+        default="auto", min_length=1, description="`auto`: by the data: labels, open answers or plain text."
     )
-    max_items: Count | None = Field(default=None, description="Test records at most; a seeded choice. Default: all of them.")
+    max_items: Count | None = Field(
+        default=None, description="Test records at most; a seeded choice. Default: all of them."
+    )
     max_new_tokens: Count | Literal["auto"] = Field(
         default="auto", description="Tokens in one generated answer at most. `auto`: what the longest reference needs."
     )
@@ -136,13 +152,18 @@ class EvaluateConfig(Section):
 class Recipe(Section):
     """A whole run. Only `base`, `out` and `data.sources` have no default."""
 
-    base: str = Field(description="`smollm2-135m`, a local folder, a GGUF file, or a hub id such as meta-llama/Llama-2-7b-chat-hf.")
+    base: str = Field(
+        min_length=1,
+        description="`smollm2-135m`, a local folder, a GGUF file, or a hub id such as meta-llama/Llama-2-7b-chat-hf.",
+    )
     revision: str | None = Field(default=None, description="A hub model's commit, tag or branch.")
-    out: str = Field(description="The run's folder, relative to where metier is called.")
+    out: str = Field(min_length=1, description="The run's folder, relative to where metier is called.")
     preset: Literal["default", "classic"] = Field(
         default="default", description="`classic`: the tutorial's own values; what the recipe states wins over either."
     )
-    seed: int = Field(default=0, ge=0, lt=2**31, description="Of the split, the adapter's start, the data's order and dropout.")
+    seed: int = Field(
+        default=0, ge=0, lt=2**31, description="Of the split, the adapter's start, the data's order and dropout."
+    )
     data: DataConfig
     adapter: AdapterConfig = AdapterConfig()
     train: TrainConfig = TrainConfig()
@@ -153,9 +174,9 @@ class Recipe(Section):
         named = [n for n in ("messages", "text") if getattr(self.data, n)]
         if len(named) == 2 or (named and (self.data.prompt or self.data.answer)):
             raise ValueError("data: name either prompt and answer, or messages, or text, not several of them")
-        if self.train.min_learning_rate and self.train.learning_rate != "auto":
-            if self.train.min_learning_rate > self.train.learning_rate:
-                raise ValueError("train.min_learning_rate is above train.learning_rate; the cosine falls from one to the other")
+        peak = self.train.learning_rate
+        if peak != "auto" and self.train.min_learning_rate > peak:
+            raise ValueError("train.min_learning_rate is above train.learning_rate, where the cosine starts")
         return self
 
     def to_yaml(self) -> str:
@@ -167,8 +188,16 @@ class Recipe(Section):
 CLASSIC: dict[str, Any] = {
     "adapter": {"rank": 8, "alpha": 16, "target_modules": ["q_proj", "v_proj"], "dropout": 0.05, "bias": "none"},
     "train": {
-        "epochs": 3, "micro_batch_size": 4, "grad_accum_steps": 4, "learning_rate": 2e-4, "min_learning_rate": 0.0,
-        "warmup_ratio": 0.0, "max_seq_len": 512, "over_length": "cut_prompt", "log_every": 50, "save_every": 500,
+        "epochs": 3,
+        "micro_batch_size": 4,
+        "grad_accum_steps": 4,
+        "learning_rate": 2e-4,
+        "min_learning_rate": 0.0,
+        "warmup_ratio": 0.0,
+        "max_seq_len": 512,
+        "over_length": "cut_prompt",
+        "log_every": 50,
+        "save_every": 500,
     },
 }
 
@@ -181,12 +210,13 @@ def load_recipe(path: Path, overrides: list[str] | None = None, out: str | None 
     """
     try:
         text = path.read_text(encoding="utf-8-sig")
-    except FileNotFoundError:
-        raise RecipeError(f"there is no recipe at `{path}`", hint="`metier demo` shows one; recipes/ holds more") from None
+    except (FileNotFoundError, NotADirectoryError):
+        hint = "`metier demo` shows one; recipes/ holds more"
+        raise RecipeError(f"there is no recipe at `{path}`", hint=hint) from None
     except IsADirectoryError:
         raise RecipeError(f"`{path}` is a folder, and a recipe is a YAML file") from None
-    except PermissionError:
-        raise RecipeError(f"no permission to read `{path}`") from None
+    except OSError as error:
+        raise RecipeError(f"`{path}` cannot be read: {error.strerror}") from None
     except UnicodeDecodeError as error:
         raise RecipeError(f"`{path}` is not UTF-8 (byte {error.start}); save it as UTF-8") from None
     return parse_recipe(text, name=str(path), folder=path.parent, overrides=overrides or [], out=out)
@@ -204,7 +234,8 @@ def parse_recipe(
         where = f"{name}, line {mark.line + 1}" if mark else name
         raise RecipeError(f"{where}: not valid YAML: {getattr(error, 'problem', error)}") from None
     if not isinstance(values, dict):
-        raise RecipeError(f"`{name}` holds no recipe", hint="a recipe has at least base:, out: and data: {sources: [...]}")
+        hint = "a recipe has at least base:, out: and data: {sources: [...]}"
+        raise RecipeError(f"`{name}` holds no recipe", hint=hint)
     for override in overrides or []:
         _apply(values, override)
     if out is not None:
@@ -213,21 +244,29 @@ def parse_recipe(
     try:
         recipe = Recipe.model_validate(merged)
     except ValidationError as error:
-        raise RecipeError(_explain(error, name, tree)) from None
-    data = recipe.data.model_copy(
-        update={
-            "sources": [str((folder / s).absolute()) for s in recipe.data.sources],
-            "test_sources": [str((folder / s).absolute()) for s in recipe.data.test_sources],
-        }
-    )
-    base = folder / recipe.base
-    is_path = recipe.base.startswith((".", "/", "~")) or recipe.base.endswith(".gguf") or base.exists()
-    base_name = str(Path(recipe.base).expanduser() if recipe.base.startswith("~") else base.absolute()) if is_path else recipe.base
-    return recipe.model_copy(update={"data": data, "base": base_name})
+        raise RecipeError(_explain(error, name, tree, overrides or [])) from None
+
+    def located(path: str) -> str:
+        return str((folder / Path(path).expanduser()).absolute())
+
+    sources = {name: [located(s) for s in getattr(recipe.data, name)] for name in ("sources", "test_sources")}
+    base = recipe.base
+    is_path = base.startswith((".", "/", "~")) or base.endswith(".gguf") or Path(located(base)).exists()
+    data = recipe.data.model_copy(update=sources)
+    return recipe.model_copy(update={"data": data, "base": located(base) if is_path else base})
 
 
 class _NumberLoader(yaml.SafeLoader):
-    """YAML 1.2's floats: PyYAML follows YAML 1.1 and reads `2e-4` as text."""
+    """YAML 1.2 where PyYAML follows 1.1: `2e-4` is a number, and a key that stands twice is an error."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
+        lines: dict[str, int] = {}
+        for key in (k for k, _ in node.value if isinstance(k, yaml.ScalarNode)):
+            if key.value in lines:
+                problem = f"`{key.value}` stands on line {lines[key.value]} already"
+                raise yaml.constructor.ConstructorError(problem=problem, problem_mark=key.start_mark)
+            lines[key.value] = key.start_mark.line + 1
+        return super().construct_mapping(node, deep)
 
 
 _NumberLoader.yaml_implicit_resolvers = {
@@ -245,7 +284,9 @@ def _apply(values: dict[str, Any], override: str) -> None:
     try:
         value = yaml.load(io.StringIO(text), Loader=_NumberLoader)
     except yaml.YAMLError:
-        raise RecipeError(f"`--set {override}`: `{text}` is not a YAML value") from None
+        value = text
+    if isinstance(value, dict):
+        value = text  # `Classify: {text}` is a template; an override sets one value, never a section
     *sections, last = key.split(".")
     for section in sections:
         inner = values.setdefault(section, {})
@@ -263,14 +304,18 @@ def _merge(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
     return merged
 
 
-def _explain(error: ValidationError, name: str, tree: yaml.Node | None) -> str:
-    """One sentence per wrong place, with its line; a union's several complaints become one."""
+def _explain(error: ValidationError, name: str, tree: yaml.Node | None, overrides: list[str]) -> str:
+    """One sentence per wrong place, with its line or override; a union's several complaints become one."""
     sentences: dict[tuple[str, ...], str] = {}
+    set_keys = {override.partition("=")[0]: override for override in overrides}
     for item in error.errors():
         place = _fields_only(item["loc"])
         line = _line(tree, place)
-        where = f"{name}, line {line}" if line else name
         key = ".".join(place)
+        override = next(
+            (o for k, o in set_keys.items() if f"{key}.".startswith(f"{k}.") or k.startswith(f"{key}.")), None
+        )
+        where = f"`--set {override}`" if override else f"{name}, line {line}" if line else name
         if item["type"] == "extra_forbidden":
             known = _fields_of(place[:-1])
             sentence = f"{where}: unknown key `{key}`{did_you_mean(place[-1], known)}; known here: {', '.join(known)}"
@@ -283,7 +328,8 @@ def _explain(error: ValidationError, name: str, tree: yaml.Node | None) -> str:
             if place in sentences:
                 sentence = f"{sentences[place]}, or {_lower(item['msg'])}"
         sentences[place] = sentence
-    return "\n".join(sentences.values())
+    deepest = [p for p in sentences if not any(q[: len(p)] == p for q in sentences if q != p)]
+    return "\n".join(sentences[p] for p in deepest)
 
 
 def _lower(message: str) -> str:

@@ -1,0 +1,193 @@
+"""A row and its roles -> a record: its messages, its group and its language, or the reason why it is rejected.
+
+Messages are [optional system, user, assistant, user, assistant, ...] and end with the answer; plain text is one
+message with the role `text`. Whitespace around a prompt, an answer or a column in a template is taken off; plain
+text stays as it is. Conversations come as OpenAI's {role, content} or ShareGPT's {from, value}, also as JSON text
+in a cell; tool calls are rejected, an empty system message is left out.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from dataclasses import dataclass
+from typing import Any
+
+from metier.data.json_rows import parse_json
+from metier.data.lines import Row, Source
+from metier.data.roles import Roles, Template
+
+Message = dict[str, str]
+SPEAKERS = {
+    "system": "system",
+    "user": "user",
+    "assistant": "assistant",
+    "human": "user",
+    "gpt": "assistant",
+}
+TOOLS = ("tool", "function", "function_call", "observation")
+_HAN = re.compile(r"[\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\U00020000-\U0003ffff]+")
+_LATIN = re.compile(r"[A-Za-z\u00c0-\u024f]+")
+_LETTERS = re.compile(r"[^\W\d_]+")
+
+
+class Rejected(Exception):
+    """The row is no record; the message says why and holds no record text."""
+
+
+@dataclass(frozen=True, slots=True)
+class Record:
+    """One kept row (without its fields). `prompt` is the first user message, or the text.
+
+    `group` is what must not cross a split: the group_id where the recipe names one, or else the prompt.
+    """
+
+    source: Source
+    row: Row
+    messages: list[Message]
+    group_id: str | None
+    prompt: str
+
+    @property
+    def group(self) -> str:
+        return self.prompt if self.group_id is None else self.group_id
+
+    @property
+    def answer(self) -> str:
+        return self.messages[-1]["content"]
+
+
+@dataclass(frozen=True, slots=True)
+class Rejection:
+    """A row that is no record. `problem` is the reason without the line, so that equal ones can be counted."""
+
+    source: Source
+    row: Row
+    problem: str
+
+    @property
+    def reason(self) -> str:
+        return f"{self.row.place}: {self.problem}" if self.row.place else self.problem
+
+
+def build_record(source: Source, row: Row, roles: Roles) -> Record:
+    """The record of a readable row. Raises `Rejected`."""
+    place = Row(row.number, row.byte_offset, row.place)
+    group_id = text_of(row.fields.get(roles.group_id), "group_id").strip() if roles.group_id else None
+    if roles.text:
+        text = text_of(row.fields.get(roles.text), "text")
+        return Record(source, place, [{"role": "text", "content": text}], group_id, text)
+    if roles.messages:
+        messages = conversation(row.fields.get(roles.messages))
+    else:
+        assert roles.prompt and roles.answer
+        prompt = _fill(roles.prompt, row, "prompt")
+        if roles.input and not _is_empty(row.fields.get(roles.input)):
+            prompt = f"{prompt}\n\n{text_of(row.fields[roles.input], 'input').strip()}"
+        answer = _fill(roles.answer, row, "answer")
+        messages = [{"role": "user", "content": prompt}, {"role": "assistant", "content": answer}]
+    system = roles.system_text
+    if roles.system and not _is_empty(row.fields.get(roles.system)):
+        system = text_of(row.fields[roles.system], "system").strip()
+    if system and messages[0]["role"] != "system":
+        messages.insert(0, {"role": "system", "content": system})
+    first_user = next(m["content"] for m in messages if m["role"] == "user")
+    return Record(source, place, messages, group_id, first_user)
+
+
+def text_of(value: Any, role: str) -> str:
+    """The text of a scalar value, as it is written in the file. Raises `Rejected` where there is none."""
+    if _is_empty(value):
+        raise Rejected(f"{role} is empty")
+    if isinstance(value, list | dict | bytes):
+        kind = {list: "a list", dict: "an object", bytes: "bytes"}[type(value)]
+        raise Rejected(f"{role} is {kind}, not text")
+    if isinstance(value, bool):
+        return "true" if value else "false"
+    text = str(value)
+    if (isinstance(value, float) and not math.isfinite(value)) or text.strip() in ("NaN", "nan"):
+        raise Rejected(f"{role} is NaN or infinite")
+    if "\0" in text:
+        raise Rejected(f"{role} holds a NUL character")
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise Rejected(f"{role} holds half of a surrogate pair") from None
+    return text
+
+
+def conversation(value: Any) -> list[Message]:
+    """Messages from a cell: a list of objects, or JSON text of one. Raises `Rejected`."""
+    if isinstance(value, str) and value.strip():
+        try:
+            value = parse_json(value)
+        except ValueError:
+            raise Rejected("messages are not valid JSON") from None
+    if _is_empty(value) or value == []:
+        raise Rejected("messages are empty")
+    if not isinstance(value, list) or not all(isinstance(turn, dict) for turn in value):
+        raise Rejected("messages are not a list of objects")
+    messages = [_message(turn) for turn in value]
+    if messages[0]["role"] == "system" and not messages[0]["content"]:
+        messages = messages[1:]
+    turns = messages[1:] if messages and messages[0]["role"] == "system" else messages
+    if not turns or turns[0]["role"] != "user":
+        raise Rejected("the first message, after an optional system message, is not the user's")
+    if any(turn["role"] == "system" for turn in turns):
+        raise Rejected("a system message stands inside the conversation")
+    if any(a["role"] == b["role"] for a, b in zip(turns, turns[1:], strict=False)):
+        raise Rejected("user and assistant do not alternate")
+    if turns[-1]["role"] != "assistant":
+        raise Rejected("the last message is not the assistant's: there is no answer")
+    if not turns[-1]["content"]:
+        raise Rejected("answer is empty")
+    empty = next((turn["role"] for turn in turns if not turn["content"]), None)
+    if empty:
+        raise Rejected("prompt is empty: a user message" if empty == "user" else "an assistant message is empty")
+    return messages
+
+
+def language_of(messages: list[Message]) -> str:
+    """`zh`, `en` or `other`, by script; a Han character weighs as much as three Latin letters.
+
+    Kana, Hangul, Cyrillic, Arabic and the like make it `other` from 3 letters in 13 (Han and Latin: 10) on.
+    """
+    text = "\n".join(m["content"] for m in messages if m["role"] != "system")
+    han = sum(map(len, _HAN.findall(text)))
+    latin = sum(map(len, _LATIN.findall(text)))
+    letters = sum(map(len, _LETTERS.findall(text)))
+    if letters - han - latin > 0.3 * (han + latin):
+        return "other"
+    if han and 3 * han >= 0.3 * latin:
+        return "zh"
+    return "en" if latin else "other"
+
+
+def _fill(template: Template, row: Row, role: str) -> str:
+    text = ""
+    for literal, column in template.parts:
+        text += literal
+        if column is None:
+            continue
+        try:
+            text += text_of(row.fields.get(column), role).strip()
+        except Rejected as error:
+            raise Rejected(f"{error}" if template.written == column else f"{error}: column `{column}`") from None
+    return text.strip()
+
+
+def _message(turn: dict[str, Any]) -> Message:
+    role_key, content_key = ("role", "content") if "role" in turn else ("from", "value")
+    speaker = turn.get(role_key)
+    if speaker in TOOLS or turn.get("tool_calls") or turn.get("function_call"):
+        raise Rejected("tool messages and tool calls are not supported")
+    if not isinstance(speaker, str) or speaker not in SPEAKERS:
+        raise Rejected("a message's role is none of system, user, assistant (human, gpt)")
+    content = turn.get(content_key)
+    if _is_empty(content):
+        return {"role": SPEAKERS[speaker], "content": ""}
+    return {"role": SPEAKERS[speaker], "content": text_of(content, "a message's content").strip()}
+
+
+def _is_empty(value: Any) -> bool:
+    return value is None or (isinstance(value, str) and not value.strip())

@@ -1,0 +1,89 @@
+"""The words of the verdict, the limits, the report and the card, in English and Chinese.
+
+The words are in templates/texts.yaml. Numbers are formatted here, in one way.
+"""
+
+from __future__ import annotations
+
+import functools
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+
+from metier.evaluation.compare import FEW_GROUPS, MIN_GROUPS, MIN_ITEMS
+
+Language = Literal["en", "zh"]
+
+SHARES = ("accuracy", "macro_f1", "accuracy_generated", "exact_match", "invalid_share")
+FEW_PER_LABEL = 10
+
+
+@functools.cache
+def words(language: Language) -> dict[str, str]:
+    """All texts in one language, by name."""
+    table = yaml.safe_load((Path(__file__).parent / "templates" / "texts.yaml").read_text(encoding="utf-8"))
+    return {name: text[language] for name, text in table.items()}
+
+
+def show(metric: str, value: float) -> str:
+    """A metric's value: `64.1 %` for shares, else three or so digits."""
+    return f"{100 * value:.1f} %" if metric in SHARES else _plain(value)
+
+
+def show_delta(metric: str, value: float, language: Language, *, unit: bool = True) -> str:
+    """A signed difference: `+12.3 points` for shares."""
+    if metric not in SHARES:
+        return _plain(value, sign=True)
+    number = f"{100 * value:+.1f}".replace("-", "\N{MINUS SIGN}")
+    return f"{number} {words(language)['points']}" if unit else number
+
+
+def statement(evidence: dict[str, Any], language: Language) -> str:
+    """The verdict in one sentence, with its numbers."""
+    table = words(language)
+    metric = evidence["verdict"]["primary_metric"]
+    result = evidence["metrics"][metric]
+    n = evidence["n"]
+    values = {side: show(metric, result[side]) for side in ("base", "adapter")}
+    low, high = (show_delta(metric, v, language, unit=False) for v in result["ci95"])
+    few = ("few_items", n, MIN_ITEMS) if n < MIN_ITEMS else ("few_clusters", evidence["num_groups"], MIN_GROUPS)
+    return table[evidence["verdict"]["outcome"]].format(
+        measure=table[f"measure_{metric}"].format(n=n, **values),
+        delta=show_delta(metric, result["delta"], language),
+        low=low,
+        high=high,
+        reason=table[few[0]].format(n=few[1], needed=few[2]),
+    )
+
+
+def limits(evidence: dict[str, Any], language: Language) -> list[str]:
+    """What the evidence does not show, as sentences; the most specific first."""
+    table = words(language)
+    n, groups, decoding = evidence["n"], evidence["num_groups"], evidence["decoding"]
+    labels = evidence["slices"]["label"]
+    unseen = evidence["labels_not_in_train"]
+    few = sum(entry["n"] < FEW_PER_LABEL for entry in labels.values())
+    cuts = {side: decoding[f"{side}_cut"] for side in ("base", "adapter")}
+    cut = any(cuts.values())
+    leaked, total = evidence["num_test_prompts_in_train"], evidence["num_test_records"]
+    found: list[tuple[bool, str, dict[str, Any]]] = [
+        (leaked > 0, "limit_leak", {"n": leaked}),
+        (bool(unseen), "limit_unseen", {"n": len(unseen), "labels": ("、" if language == "zh" else ", ").join(unseen)}),
+        (groups < min(n, FEW_GROUPS), "limit_groups", {"n": groups, "needed": FEW_GROUPS}),
+        (n < total, "limit_choice", {"n": n, "total": total}),
+        (few > 0, "limit_few_per_label", {"n": few, "total": len(labels), "needed": FEW_PER_LABEL}),
+        (cut, "limit_cut", {"tokens": decoding["max_new_tokens"], **cuts}),
+        ("chrf" in evidence["metrics"], "limit_overlap", {}),
+        (True, "limit_one_run", {}),
+        (True, "limit_source", {}),
+        (True, "limit_metrics", {}),
+        (True, "limit_scope", {}),
+    ]  # fmt: skip
+    return [table[name].format(**values) for holds, name, values in found if holds]
+
+
+def _plain(value: float, *, sign: bool = False) -> str:
+    digits = 0 if abs(value) >= 1000 else 1 if abs(value) >= 100 else 2 if abs(value) >= 1 else 3
+    text = f"{value:{'+' if sign else ''},.{digits}f}"
+    return text.replace("-", "\N{MINUS SIGN}")

@@ -1,0 +1,269 @@
+"""A base model's folder -> the model, frozen, with its tokenizer. The only importer of transformers.
+
+The checkpoint is the model definition: config, tokenizer and weights are what its files say, weights
+come from safetensors alone, and no code from a checkpoint is run. What does not fit is refused before
+gigabytes are read.
+
+Limits: quantised checkpoints are refused, but for GGUF files, which become fp32 safetensors once.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import warnings
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+import transformers
+from safetensors import SafetensorError
+from tokenizers import normalizers, pre_tokenizers
+
+from metier.errors import ModelError, RunError
+from metier.model.embedded import Progress, say
+from metier.model.resolve import base_digest, first_line, read_json, resolve_base
+
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "tekken.json")
+# Its type hints are partial: what comes out of it is checked here, not by the type checker.
+_hf: Any = transformers
+
+
+@dataclass(frozen=True, slots=True)
+class Base:
+    """A frozen base model: in eval mode, no parameter requires a gradient.
+
+    `name` is what was asked for, `path` the folder it came from, `revision` a hub model's commit, and
+    `digest` covers every file of the checkpoint.
+    """
+
+    model: torch.nn.Module
+    tokenizer: Any
+    path: Path
+    name: str
+    revision: str | None
+    digest: str
+    dtype: torch.dtype
+    device: torch.device
+
+
+def load_base(
+    path_or_name: str | Path,
+    *,
+    revision: str | None = None,
+    dtype: torch.dtype,
+    device: torch.device,
+    progress: Progress = say,
+) -> Base:
+    """Loads a base model and its tokenizer onto `device` in `dtype`, frozen, with SDPA attention.
+
+    Raises `ModelError` for what `resolve_base` refuses, a checkpoint that needs code of its own, an
+    architecture that transformers does not have, damaged or missing weights, a missing tokenizer, and a
+    vocabulary that is larger than the embeddings.
+    """
+    name = str(path_or_name)
+    path = resolve_base(name, revision, progress=progress)
+    with _quiet():
+        _check_architecture(path, progress)
+        tokenizer = load_tokenizer(path)
+        model = _load_model(path, dtype, device, progress)
+    top = max(tokenizer.get_vocab().values())
+    rows = model.get_input_embeddings().num_embeddings
+    if top >= rows:
+        raise ModelError(
+            f"the tokenizer in `{path}` has ids up to {top}, and the model has embeddings for {rows} tokens only",
+            hint="tokens were added without resizing the model; use the tokenizer that the weights were saved with",
+        )
+    model.requires_grad_(False).eval()
+    commit = path.name if path.parent.name == "snapshots" else None
+    return Base(model, tokenizer, path, name, commit, base_digest(path), dtype, device)
+
+
+def load_tokenizer(path: Path) -> Any:
+    """The checkpoint's tokenizer, exactly as its tokenizer.json says, when it has one.
+
+    transformers 5 rebuilds the pipelines of some classes instead: `LlamaTokenizer` then splits leading spaces
+    otherwise than LLaMA-2's own (15 of llama.cpp's 47 test strings). Raises `ModelError` when there is no
+    tokenizer, or it cannot be read.
+    """
+    if not any((path / name).is_file() for name in TOKENIZER_FILES):
+        raise ModelError(
+            f"`{path}` has weights but no tokenizer (none of {', '.join(TOKENIZER_FILES)})",
+            hint="copy the tokenizer's files of the same model into the folder",
+        )
+    exact = (path / "tokenizer.json").is_file()
+    kind = _hf.PreTrainedTokenizerFast if exact else _hf.AutoTokenizer
+    try:
+        return kind.from_pretrained(path, trust_remote_code=False, local_files_only=True)
+    # tokenizers raises a bare Exception for a file that it cannot parse.
+    except Exception as error:
+        raise ModelError(
+            f"the tokenizer in `{path}` cannot be read: {first_line(error)}",
+            hint="fetch the model again, or save its tokenizer with a current transformers",
+        ) from error
+
+
+def gguf_tokenizer(gguf: Path) -> Any:
+    """The tokenizer of a GGUF file, a vocabulary alone included.
+
+    transformers gives SentencePiece vocabularies (LLaMA-2's) a pre-tokenizer that leaves out the space which
+    SentencePiece puts before every text that begins with one; the pipeline of Meta's own tokenizer.json stands
+    in for it, and llama.cpp's 47 test strings agree.
+    """
+    tokenizer = _hf.AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
+    pipeline = tokenizer.backend_tokenizer
+    if isinstance(pipeline.pre_tokenizer, pre_tokenizers.Metaspace):
+        pipeline.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+        pipeline.pre_tokenizer = None
+    return tokenizer
+
+
+def convert_gguf(gguf: Path, folder: Path) -> None:
+    """Writes the model and tokenizer of a GGUF file into `folder`, as fp32 safetensors and tokenizer.json.
+
+    The values are the file's dequantised ones, to the last bit. Raises `ModelError` for a file that
+    cannot be read or an architecture that transformers does not convert, and `RunError` for a full disk.
+    """
+    # The converter's bar asks nobody: it writes to standard error whatever the settings say.
+    with _quiet(), contextlib.redirect_stderr(io.StringIO()):
+        try:
+            tokenizer = gguf_tokenizer(gguf)
+            loaded = _hf.AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32)
+        # The gguf reader fails on a damaged file with whatever its bytes lead to.
+        except Exception as error:
+            raise ModelError(
+                f"the GGUF file `{gguf}` cannot be converted: {first_line(error)}",
+                hint="name a folder of safetensors or a hub id instead",
+            ) from error
+        # What comes from GGUF keeps a quantizer that refuses to be saved, though its weights are plain fp32.
+        settings = {key: value for key, value in loaded.config.to_dict().items() if key != "quantization_config"}
+        with torch.device("meta"):
+            plain = type(loaded)(type(loaded.config).from_dict(settings))
+        plain.load_state_dict(loaded.state_dict(), assign=True)
+        plain.tie_weights()
+        try:
+            plain.save_pretrained(folder)
+        except SafetensorError as error:
+            raise RunError(f"the weights could not be written to `{folder}`: {first_line(error)}") from error
+        tokenizer.save_pretrained(folder)
+
+
+def resolve_device(name: Literal["auto", "cpu", "cuda"]) -> torch.device:
+    """`auto` is the GPU when there is one. Raises `ModelError` when `cuda` is asked for and there is none."""
+    if name == "cpu" or (name == "auto" and not torch.cuda.is_available()):
+        return torch.device("cpu")
+    if not torch.cuda.is_available():
+        reason = "sees no GPU" if torch.version.cuda else "is built without CUDA"
+        raise ModelError(
+            f"`device: cuda` was asked for, and this torch ({torch.__version__}) {reason}",
+            hint="`device: auto` or `cpu` runs here; for a GPU install torch's CUDA build and check `nvidia-smi`",
+        )
+    return torch.device("cuda", torch.cuda.current_device())
+
+
+def resolve_precision(
+    name: Literal["auto", "fp32", "bf16", "fp16"], device: torch.device, *, progress: Progress = say
+) -> torch.dtype:
+    """The dtype of the frozen base and of the arithmetic on `device`.
+
+    `auto` is bf16 where the device has units for it (compute capability 8.0 and up; AVX512-BF16 or AMX),
+    else fp16 on a GPU and fp32 on a CPU. bf16 on a CPU without units is allowed, with a word of warning: it
+    was measured 9 times slower than fp32. Raises `ModelError` for fp16 on a CPU and bf16 on an older GPU.
+    """
+    if device.type == "cuda":
+        has_bf16 = torch.cuda.get_device_capability(device) >= (8, 0)
+    else:
+        # Without the query (torch before 2.13) fp32 is the safe answer.
+        capabilities: dict[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()
+        has_bf16 = any(capabilities.get(unit, False) for unit in ("avx512_bf16", "amx_bf16"))
+    if name == "auto":
+        without = torch.float16 if device.type == "cuda" else torch.float32
+        return torch.bfloat16 if has_bf16 else without
+    if name == "fp16" and device.type == "cpu":
+        raise ModelError("`precision: fp16` needs a GPU", hint="`precision: auto` picks the fastest on this CPU")
+    if name == "bf16" and not has_bf16:
+        if device.type == "cuda":
+            raise ModelError(
+                f"`precision: bf16` needs a GPU of compute capability 8.0 or newer, and "
+                f"{torch.cuda.get_device_name(device)} is older",
+                hint="`precision: auto` takes fp16 on it",
+            )
+        progress("precision: bf16 is slow on this CPU, which has no units for it; fp32 is several times faster")
+    return {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[name]
+
+
+def _check_architecture(path: Path, progress: Progress) -> None:
+    """Refuses what transformers would load wrongly, only with code from the checkpoint, or not at all."""
+    config = read_json(path / "config.json")
+    kind = config.get("model_type")
+    if kind not in _hf.CONFIG_MAPPING:
+        if "auto_map" in config:
+            raise ModelError(
+                f"`{path}` needs Python code from the checkpoint (`auto_map` in config.json), and metier runs none",
+                hint="name a model of an architecture that transformers ships, e.g. a LLaMA, Mistral or Qwen model",
+            )
+        raise ModelError(
+            f"`{path}` is of the architecture `{kind}`, which transformers {transformers.__version__} does not have",
+            hint="check `model_type` in config.json; a newer transformers may have it",
+        )
+    if "auto_map" in config:
+        progress(f"the checkpoint brings code of its own for `{kind}`; it is not run, transformers' own class is used")
+    if quantization := config.get("quantization_config"):
+        method = quantization.get("quant_method", "unknown")
+        raise ModelError(
+            f"`{path}` is quantised (`{method}`), and metier takes full-precision safetensors",
+            hint="name the original model",
+        )
+    classes = _hf.MODEL_FOR_CAUSAL_LM_MAPPING.get(_hf.CONFIG_MAPPING[kind], ())
+    known = [c.__name__ for c in (classes if isinstance(classes, tuple) else (classes,))]
+    stated = config.get("architectures") or known
+    if not {n.lower() for n in known} & {n.lower() for n in stated}:
+        raise ModelError(
+            f"`{path}` is a {', '.join(stated)}, not a model that writes text from left to right",
+            hint=f"name a causal language model{f' ({known[0]})' if known else ''}",
+        )
+
+
+def _load_model(path: Path, dtype: torch.dtype, device: torch.device, progress: Progress) -> Any:
+    try:
+        model, report = _hf.AutoModelForCausalLM.from_pretrained(
+            path, dtype=dtype, device_map={"": device}, attn_implementation="sdpa", use_safetensors=True,
+            trust_remote_code=False, local_files_only=True, output_loading_info=True, ignore_mismatched_sizes=True,
+        )  # fmt: skip
+    except torch.OutOfMemoryError as error:
+        raise ModelError(
+            f"`{path}` does not fit into the memory of {torch.cuda.get_device_name(device)}",
+            hint="free the GPU (see `nvidia-smi`), or take a smaller base",
+        ) from error
+    except (ValueError, TypeError, KeyError, RuntimeError, ImportError, OSError, SafetensorError) as error:
+        raise ModelError(
+            f"`{path}` cannot be loaded by transformers {transformers.__version__}: {first_line(error)}"
+        ) from error
+    if missing := sorted(report["missing_keys"]) or sorted(str(key[0]) for key in report["mismatched_keys"]):
+        raise ModelError(
+            f"{len(missing)} of the model's weights are not in `{path}` or of another shape, {missing[0]} first",
+            hint="config.json and the safetensors are of different models, or a file is missing",
+        )
+    if unexpected := report["unexpected_keys"]:
+        progress(
+            f"{len(unexpected)} tensors of the checkpoint have no place in {type(model).__name__} and are not used"
+        )
+    return model
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Keeps transformers' bars, logs and warnings off the screen, and leaves its settings as they were."""
+    verbosity, had_bars = _hf.utils.logging.get_verbosity(), _hf.utils.logging.is_progress_bar_enabled()
+    _hf.utils.logging.set_verbosity_error()
+    _hf.utils.logging.disable_progress_bar()
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        _hf.utils.logging.set_verbosity(verbosity)
+        if had_bars:
+            _hf.utils.logging.enable_progress_bar()

@@ -1,0 +1,181 @@
+"""A model to ask: the base, with an adapter that can be switched off. What `metier.load` returns.
+
+A prompt is a string (one user message) or a list of messages, rendered as in training.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from metier.artifacts import read_manifest
+from metier.errors import LabelError, ModelError
+from metier.model.chat import IGNORE_INDEX, Message, Renderer, eos_token_ids
+from metier.model.generate import SamplingParams, generate_ids
+from metier.model.load import Base, load_base, resolve_device, resolve_precision
+from metier.model.lora import Adapter, load_adapter, read_adapter_config
+from metier.model.score import answer_log_probs, choice_log_probs
+
+Prompt = str | Sequence[Message]
+
+
+@dataclass(frozen=True, slots=True)
+class Completion:
+    """`text` without the stop token, which `num_tokens` counts; `stopped` says whether the model ended by itself."""
+
+    text: str
+    num_tokens: int
+    stopped: bool
+
+
+@dataclass(frozen=True, slots=True)
+class AnswerScore:
+    """An answer's negative log-likelihood in nats with its end-of-turn token, its tokens, and its UTF-8 bytes."""
+
+    nll: float
+    num_tokens: int
+    num_bytes: int
+
+
+def _quiet(done: int) -> None:
+    pass
+
+
+class Specialist:
+    """A base model and, where there is one, its adapter; `use_adapter=False` asks the base alone."""
+
+    def __init__(self, base: Base, adapter: Adapter | None = None, max_tokens: int | None = None) -> None:
+        self.base = base
+        self.adapter = adapter
+        self.renderer = Renderer(base.tokenizer, eos_token_ids(base.path))
+        self.max_tokens = max_tokens or (1024 if base.device.type == "cpu" else 8192)
+        base.model.eval()
+
+    def generate(self, prompts: Sequence[Prompt], **options: Any) -> list[str]:
+        """The completions' texts; options as `complete` takes them."""
+        return [completion.text for completion in self.complete(prompts, **options)]
+
+    def complete(
+        self, prompts: Sequence[Prompt], *, use_adapter: bool = True, batch_size: int = 16, streamer: Any = None,
+        done: Callable[[int], None] = _quiet, **sampling: Any,
+    ) -> list[Completion]:
+        """One completion a prompt, in their order; `sampling` are SamplingParams' fields.
+
+        Raises `LabelError` when a prompt cannot be rendered and `ModelError` when it is too long.
+        """
+        params = SamplingParams(**sampling)
+        ids = [self.renderer.prompt(_messages(prompt)) for prompt in prompts]
+        limit = getattr(self.base.model.config.get_text_config(), "max_position_embeddings", None)
+        longest = max((len(i) for i in ids), default=0) + params.max_new_tokens
+        if limit and longest > limit:
+            raise ModelError(
+                f"a prompt and its answer would take {longest} tokens, and the model has room for {limit}",
+                hint="shorten the prompt or lower max_new_tokens",
+            )
+        completions: list[Completion] = [Completion("", 0, False)] * len(prompts)
+        stop = self.renderer.stop_token_ids
+        with self._adapter(use_adapter):
+            results = generate_ids(
+                self.base, ids, params, stop_token_ids=stop, batch_size=batch_size, streamer=streamer
+            )
+            for finished, (index, new) in enumerate(results, 1):
+                completions[index] = Completion(self.renderer.decode(new), len(new), bool(new) and new[-1] in stop)
+                done(finished)
+        return completions
+
+    def score(self, prompts: Sequence[Prompt], answers: Sequence[str], *, use_adapter: bool = True) -> list[float]:
+        """Summed log-probability in nats of each answer's tokens after its prompt, without the end-of-turn token."""
+        sequences = []
+        for prompt, answer in zip(prompts, answers, strict=True):
+            ids, positions = self._answer([*_messages(prompt), {"role": "assistant", "content": answer}])
+            sequences.append((ids, positions[:-1]))
+        with self._adapter(use_adapter):
+            values = answer_log_probs(self.base, sequences, max_tokens=self.max_tokens, done=_quiet)
+        return [float(v.sum()) for v in values]
+
+    def score_records(
+        self, conversations: Sequence[Sequence[Message]], *, use_adapter: bool = True,
+        done: Callable[[int], None] = _quiet,
+    ) -> list[AnswerScore]:
+        """How surprising each conversation's last answer is (or a plain text's tokens), end-of-turn token included."""
+        sequences = [self._answer(messages) for messages in conversations]
+        with self._adapter(use_adapter):
+            values = answer_log_probs(self.base, sequences, max_tokens=self.max_tokens, done=done)
+        return [
+            AnswerScore(-float(v.sum()), len(v), len(messages[-1]["content"].encode()))
+            for v, messages in zip(values, conversations, strict=True)
+        ]
+
+    def score_choices(
+        self, prompts: Sequence[Prompt], choices: Sequence[str], *, use_adapter: bool = True,
+        done: Callable[[int], None] = _quiet,
+    ) -> np.ndarray:
+        """Log-probability in nats of each choice as the answer to each prompt, without the end-of-turn token.
+
+        float64 [num_prompts, num_choices].
+        """
+        if not prompts:
+            return np.zeros((0, len(choices)))
+        prompt_ids = [self.renderer.prompt(_messages(prompt)) for prompt in prompts]
+        # A prompt always ends with the template's opening of an answer, so a choice has the same ids behind each.
+        first = _messages(prompts[0])
+        choice_ids = []
+        for choice in choices:
+            ids, positions = self._answer([*first, {"role": "assistant", "content": choice}])
+            choice_ids.append([ids[t] for t in positions[:-1]])
+        with self._adapter(use_adapter):
+            return choice_log_probs(self.base, prompt_ids, choice_ids, max_tokens=self.max_tokens, done=done)
+
+    def count_tokens(self, text: str) -> int:
+        """Tokens of `text` alone."""
+        return len(self.renderer.encode(text))
+
+    def _answer(self, messages: Sequence[Message]) -> tuple[list[int], list[int]]:
+        """A conversation's ids and the positions of its last answer's tokens, the stop token last."""
+        rendered = self.renderer.conversation(messages)
+        positions = [t for t, label in enumerate(rendered.labels) if label != IGNORE_INDEX]
+        if len(positions) < 2 and messages[0]["role"] != "text":
+            raise LabelError("an answer is empty once it is rendered")
+        return rendered.input_ids, positions
+
+    def _adapter(self, use_adapter: bool) -> contextlib.AbstractContextManager[None]:
+        if use_adapter or self.adapter is None:
+            return contextlib.nullcontext()
+        return self.adapter.off()
+
+
+def _messages(prompt: Prompt) -> list[Message]:
+    return [{"role": "user", "content": prompt}] if isinstance(prompt, str) else list(prompt)
+
+
+def load(
+    run_or_base: str | Path, *, device: str = "auto", precision: str = "auto", say: Callable[[str], None] = lambda text: None
+) -> Specialist:
+    """Loads a run's folder, a PEFT adapter's folder or a base model (alias, folder, GGUF file or hub id).
+
+    A run is loaded as it was measured: its adapter in the precision of its training, where the device
+    has it. Raises `ModelError` when there is nothing to load there.
+    """
+    folder = Path(run_or_base)
+    adapter_folder = next((f for f in (folder / "adapter", folder) if (f / "adapter_config.json").is_file()), None)
+    if adapter_folder is None:
+        if (folder / "recipe.yaml").exists():
+            raise ModelError(f"the run in `{folder}` has no adapter yet", hint=f"metier run {folder / 'recipe.yaml'}")
+        return Specialist(_base(str(run_or_base), None, device, precision, say))
+    _, entries = read_adapter_config(adapter_folder)
+    manifest = read_manifest(adapter_folder) or {}
+    trained = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16"}.get(manifest.get("precision", ""), "auto")
+    name = manifest.get("base", {}).get("name") or entries["base_model_name_or_path"]
+    same_device = manifest.get("device") == resolve_device(device).type
+    base = _base(name, entries.get("revision"), device, trained if precision == "auto" and same_device else precision, say)
+    return Specialist(base, load_adapter(base.model, adapter_folder))
+
+
+def _base(name: str, revision: str | None, device: str, precision: str, say: Callable[[str], None]) -> Base:
+    where = resolve_device(device)
+    return load_base(name, revision=revision, dtype=resolve_precision(precision, where), device=where, progress=say)

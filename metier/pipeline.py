@@ -1,0 +1,160 @@
+"""The whole of metier on one page: raw records -> dataset -> adapter -> evidence -> report.
+
+Each stage makes one artifact in the run's folder and is skipped when that artifact was already made
+from the same parents with the same settings. Stages know nothing of each other; they meet on disk.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, Protocol
+
+from metier.artifacts import append_audit, digest_json, is_current, lock_run, read_manifest, write_atomic
+from metier.errors import RunError
+from metier.recipe import Recipe
+
+# How often to write down what happened cannot change what happens.
+NO_EFFECT = {"log_every", "save_every", "report_to"}
+
+
+class Ui(Protocol):
+    """Where the stages tell what they do. `metier.terminal` has one for people; the default is silent."""
+
+    def say(self, text: str) -> None: ...
+
+    def progress(self, what: str, done: int, total: int, **numbers: float) -> None: ...
+
+
+class Silent:
+    """Tells nothing."""
+
+    def say(self, text: str) -> None: ...
+
+    def progress(self, what: str, done: int, total: int, **numbers: float) -> None: ...
+
+
+def run(recipe: Recipe, ui: Ui | None = None) -> Path:
+    """Makes everything that `recipe` asks for and that is not there yet; returns the report's path.
+
+    Raises the errors of `metier.errors`; what was complete before stays complete.
+    """
+    with _run_folder(recipe, ui) as (out, ui):
+        _prepare(recipe, out, ui)
+        _train(recipe, out, ui)
+        _evaluate(recipe, out, ui)
+    return out / "report.html"
+
+
+def prepare(recipe: Recipe, ui: Ui | None = None) -> Path:
+    """Makes the data set alone and returns its folder."""
+    with _run_folder(recipe, ui) as (out, ui):
+        _prepare(recipe, out, ui)
+    return out / "dataset"
+
+
+def train(recipe: Recipe, ui: Ui | None = None) -> Path:
+    """Trains on the run's data set, which is there already or was carried here, and returns the adapter's folder."""
+    with _run_folder(recipe, ui) as (out, ui):
+        _train(recipe, out, ui)
+    return out / "adapter"
+
+
+def evaluate(recipe: Recipe, ui: Ui | None = None) -> Path:
+    """Compares the run's adapter with its base, writes the report, and returns the evidence's folder."""
+    with _run_folder(recipe, ui) as (out, ui):
+        _evaluate(recipe, out, ui)
+    return out / "evidence"
+
+
+@contextlib.contextmanager
+def _run_folder(recipe: Recipe, ui: Ui | None) -> Iterator[tuple[Path, Ui]]:
+    out = Path(recipe.out)
+    with lock_run(out):
+        yield out, ui or Silent()
+
+
+def _prepare(recipe: Recipe, out: Path, ui: Ui) -> None:
+    from metier.data.prepare import dataset_key, prepare
+
+    key = dataset_key(recipe.data, recipe.seed)
+    _store(recipe, out)
+    if is_current(out / "dataset", key):
+        ui.say("dataset: up to date")
+        return
+    manifest = prepare(recipe.data, seed=recipe.seed, out=out / "dataset", progress=ui.say)
+    append_audit(out, "prepare", digest=manifest["digest"], counts=manifest["counts"])
+
+
+def _train(recipe: Recipe, out: Path, ui: Ui) -> None:
+    from metier.model.resolve import base_digest, resolve_base
+
+    dataset = _parent(out / "dataset", "prepare")
+    path = resolve_base(recipe.base, recipe.revision, progress=ui.say)
+    key = digest_json(
+        {
+            "stage": "adapter", "dataset": dataset["digest"], "base": base_digest(path), "seed": recipe.seed,
+            "adapter": recipe.adapter.model_dump(), "train": recipe.train.model_dump(exclude=NO_EFFECT),
+        }
+    )  # fmt: skip
+    _store(recipe, out)
+    if is_current(out / "adapter", key):
+        ui.say("adapter: up to date")
+        return
+    from metier.model.load import load_base, resolve_device, resolve_precision
+    from metier.training.train import train
+
+    device = resolve_device(recipe.train.device)
+    dtype = resolve_precision(recipe.train.precision, device)
+    ui.say(f"training on {device.type} in {str(dtype).removeprefix('torch.')}")
+    base = load_base(recipe.base, revision=recipe.revision, dtype=dtype, device=device, progress=ui.say)
+    manifest = train(
+        base, recipe.adapter, recipe.train, dataset=out / "dataset", out=out / "adapter", seed=recipe.seed, key=key,
+        report=ui.progress, say=ui.say,
+    )  # fmt: skip
+    append_audit(out, "train", digest=manifest["digest"], parents=manifest["parents"])
+
+
+def _evaluate(recipe: Recipe, out: Path, ui: Ui) -> None:
+    dataset, adapter = _parent(out / "dataset", "prepare"), _parent(out / "adapter", "train")
+    key = digest_json(
+        {
+            "stage": "evidence", "dataset": dataset["digest"], "adapter": adapter["digest"], "seed": recipe.seed,
+            "evaluate": recipe.evaluate.model_dump(),
+        }
+    )  # fmt: skip
+    _store(recipe, out)
+    if is_current(out / "evidence", key) and (out / "report.html").exists() and (out / "MODEL_CARD.md").exists():
+        ui.say("evidence: up to date")
+        return
+    from metier.evaluation.card import write_card
+    from metier.evaluation.evaluate import evaluate
+    from metier.evaluation.report import write_report
+
+    if not is_current(out / "evidence", key):
+        from metier.model.specialist import load
+
+        (out / "report.html").unlink(missing_ok=True)
+        specialist = load(out, device=recipe.train.device, say=ui.say)
+        manifest = evaluate(
+            specialist, dataset=out / "dataset", adapter=out / "adapter", config=recipe.evaluate, seed=recipe.seed,
+            out=out / "evidence", key=key, progress=ui.progress,
+        )  # fmt: skip
+        append_audit(out, "evaluate", digest=manifest["digest"], parents=manifest["parents"])
+    write_card(out)
+    write_report(out)
+
+
+def _parent(folder: Path, verb: str) -> dict[str, Any]:
+    manifest = read_manifest(folder)
+    if manifest is None:
+        raise RunError(f"`{folder}` is not there or not complete", hint=f"run `metier {verb}` first, or `metier run`")
+    return manifest
+
+
+def _store(recipe: Recipe, out: Path) -> None:
+    """Keeps the recipe as resolved beside what it made."""
+    path, text = out / "recipe.yaml", recipe.to_yaml().encode()
+    if not path.exists() or path.read_bytes() != text:
+        write_atomic(path, text)

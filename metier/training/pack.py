@@ -1,0 +1,83 @@
+"""Records of uneven length -> rows without padding, in a fixed budget of tokens.
+
+Records lie end to end in one row; position_ids restart at 0 with each, and from that the model's own
+mask code keeps attention inside a record (in every architecture that transformers has, sliding windows
+included). Packing changes which records share a pass, never what a record computes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from metier.model.chat import IGNORE_INDEX, Rendered
+
+
+@dataclass(frozen=True, slots=True)
+class PackedBatch:
+    """One pass: input_ids and position_ids [1, T] int64; the N positions that carry loss and their targets, [N] int64."""
+
+    input_ids: torch.Tensor
+    position_ids: torch.Tensor
+    loss_positions: torch.Tensor
+    loss_targets: torch.Tensor
+
+    @property
+    def num_tokens(self) -> int:
+        return self.input_ids.shape[1]
+
+    @property
+    def num_loss_tokens(self) -> int:
+        return self.loss_targets.shape[0]
+
+    def to(self, device: torch.device) -> PackedBatch:
+        return PackedBatch(
+            self.input_ids.to(device, non_blocking=True),
+            self.position_ids.to(device, non_blocking=True),
+            self.loss_positions.to(device, non_blocking=True),
+            self.loss_targets.to(device, non_blocking=True),
+        )
+
+
+def pack(lengths: Sequence[int], max_tokens: int, max_records: int) -> list[list[int]]:
+    """First-fit decreasing: indices into `lengths`, row by row; a record longer than the budget has a row alone.
+
+    Deterministic: ties keep the records' order.
+    """
+    rows: list[list[int]] = []
+    room: list[int] = []
+    for index in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
+        for row, left in enumerate(room):
+            if lengths[index] <= left and len(rows[row]) < max_records:
+                rows[row].append(index)
+                room[row] -= lengths[index]
+                break
+        else:
+            rows.append([index])
+            room.append(max_tokens - lengths[index])
+    return rows
+
+
+def collate(records: Sequence[Rendered]) -> PackedBatch:
+    """Lays records end to end. The target of a position is the next token's label, within its record alone."""
+    input_ids, position_ids, positions, targets = [], [], [], []
+    for record in records:
+        start = len(input_ids)
+        input_ids += record.input_ids
+        position_ids += range(record.num_tokens)
+        for offset, label in enumerate(record.labels[1:]):
+            if label != IGNORE_INDEX:
+                positions.append(start + offset)
+                targets.append(label)
+    return PackedBatch(
+        torch.tensor([input_ids]), torch.tensor([position_ids]),
+        torch.tensor(positions, dtype=torch.int64), torch.tensor(targets, dtype=torch.int64),
+    )  # fmt: skip
+
+
+def pack_batches(records: Sequence[Rendered], max_tokens: int, max_records: int) -> list[PackedBatch]:
+    """`pack` and `collate` in one: the passes that these records need."""
+    rows = pack([r.num_tokens for r in records], max_tokens, max_records)
+    return [collate([records[i] for i in row]) for row in rows]

@@ -1,0 +1,82 @@
+"""One optimizer step. The step's loss is the sum over its unmasked tokens, divided by their number.
+
+So a record weighs the same however the step is cut into micro-batches: 1 x 8 equals 8 x 1.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from metier.kernels.reference import cross_entropy_sum
+from metier.training.pack import PackedBatch
+
+
+@dataclass(frozen=True, slots=True)
+class StepResult:
+    """`loss` in nats a token, `grad_norm` before clipping; `is_skipped` when either was not finite."""
+
+    loss: float
+    grad_norm: float
+    num_tokens: int
+    num_loss_tokens: int
+    is_skipped: bool
+
+
+def loss_sum(model: Any, batch: PackedBatch) -> torch.Tensor:
+    """Summed cross-entropy in nats (fp32 scalar) of one pass; only supervised positions reach the output head."""
+    logits = model(
+        input_ids=batch.input_ids,
+        position_ids=batch.position_ids,
+        use_cache=False,
+        logits_to_keep=batch.loss_positions,
+    ).logits
+    return cross_entropy_sum(logits[0], batch.loss_targets)
+
+
+def train_step(
+    model: Any,
+    optimizer: torch.optim.Optimizer,
+    batches: Sequence[PackedBatch],
+    *,
+    learning_rate: float,
+    max_grad_norm: float,
+    scaler: torch.amp.GradScaler,
+) -> StepResult:
+    """Forward and backward over `batches`, clip, update. A step with NaN or inf leaves the weights as they were.
+
+    `scaler` scales the loss for fp16 and is disabled otherwise.
+    """
+    num_loss_tokens = sum(batch.num_loss_tokens for batch in batches)
+    total = torch.zeros((), device=batches[0].input_ids.device)
+    for batch in batches:
+        loss = loss_sum(model, batch)
+        scaler.scale(loss / num_loss_tokens).backward()
+        total += loss.detach()
+    scaler.unscale_(optimizer)
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    grad_norm = torch.nn.utils.clip_grad_norm_(parameters, max_grad_norm)
+    is_finite = bool(torch.isfinite(grad_norm) & torch.isfinite(total))
+    if is_finite:
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate
+        scaler.step(optimizer)
+    scaler.update()
+    optimizer.zero_grad(set_to_none=True)
+    num_tokens = sum(batch.num_tokens for batch in batches)
+    return StepResult(float(total) / num_loss_tokens, float(grad_norm), num_tokens, num_loss_tokens, not is_finite)
+
+
+@torch.no_grad()
+def mean_loss(model: Any, batches: Sequence[PackedBatch]) -> float:
+    """Loss in nats a token over `batches`, without dropout."""
+    was_training = model.training
+    model.eval()
+    try:
+        total = sum(float(loss_sum(model, batch)) for batch in batches)
+    finally:
+        model.train(was_training)
+    return total / sum(batch.num_loss_tokens for batch in batches)

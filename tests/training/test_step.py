@@ -1,0 +1,123 @@
+"""Tries to make a step depend on how it is cut, to let NaN into the weights, or to bend the schedule."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from tests.model.tiny import tiny_model
+from tests.training.test_pack import random_records
+
+from metier.model.lora import Adapter, attach
+from metier.recipe import AdapterConfig, TrainConfig
+from metier.training.pack import pack_batches
+from metier.training.schedule import learning_rate_at, peak_learning_rate
+from metier.training.step import StepResult, mean_loss, train_step
+from metier.training.train import make_plan, records_of_step
+
+
+def one_step(max_tokens: int, max_records: int, *, lr: float = 1e-2, steps: int = 1) -> tuple[Adapter, StepResult]:
+    model, _ = tiny_model("llama3")
+    adapter = attach(model, AdapterConfig(rank=4), seed=0)
+    records = random_records(8, model.config.vocab_size)
+    optimizer = torch.optim.AdamW(list(adapter.parameters.values()), lr=lr)
+    scaler = torch.amp.GradScaler("cpu", enabled=False)
+    for _ in range(steps):
+        batches = pack_batches(records, max_tokens, max_records)
+        result = train_step(model, optimizer, batches, learning_rate=lr, max_grad_norm=1.0, scaler=scaler)
+    return adapter, result
+
+
+@pytest.mark.parametrize(("max_tokens", "max_records"), [(10_000, 1), (10_000, 4), (40, 8), (1, 8)])
+def test_accumulation_1x8_equals_8x1(max_tokens: int, max_records: int) -> None:
+    whole, result = one_step(10_000, 8, steps=3)
+    cut, cut_result = one_step(max_tokens, max_records, steps=3)
+    assert cut_result.loss == pytest.approx(result.loss, rel=1e-5)
+    assert cut_result.grad_norm == pytest.approx(result.grad_norm, rel=1e-4)
+    assert cut_result.num_loss_tokens == result.num_loss_tokens
+    for name, parameter in whole.parameters.items():
+        torch.testing.assert_close(cut.parameters[name], parameter, atol=1e-4, rtol=1e-3)
+
+
+def test_the_gradient_is_the_mean_over_unmasked_tokens() -> None:
+    model, _ = tiny_model("llama3")
+    adapter = attach(model, AdapterConfig(rank=4), seed=0)
+    records = random_records(5, model.config.vocab_size)
+    optimizer = torch.optim.SGD(list(adapter.parameters.values()), lr=1.0)
+    before = adapter.tensors()
+    scaler = torch.amp.GradScaler("cpu", enabled=False)
+    train_step(model, optimizer, pack_batches(records, 50, 2), learning_rate=1.0, max_grad_norm=1e9, scaler=scaler)
+    moved = {name: before[name] - p.detach() for name, p in adapter.parameters.items()}
+    adapter.load(before)
+    total = torch.zeros(())
+    for record in records:
+        logits = model(input_ids=torch.tensor([record.input_ids])).logits[0, :-1]
+        labels = torch.tensor(record.labels[1:])
+        total = total + torch.nn.functional.cross_entropy(logits, labels, reduction="sum", ignore_index=-100)
+    (total / sum(r.num_loss_tokens for r in records)).backward()
+    for name, parameter in adapter.parameters.items():
+        assert parameter.grad is not None
+        torch.testing.assert_close(moved[name], parameter.grad, atol=1e-6, rtol=1e-4)
+
+
+@pytest.mark.parametrize("poison", [math.nan, math.inf])
+def test_a_step_that_is_not_finite_leaves_the_weights_alone(poison: float) -> None:
+    model, _ = tiny_model("llama3")
+    adapter = attach(model, AdapterConfig(rank=4), seed=0)
+    optimizer = torch.optim.AdamW(list(adapter.parameters.values()), lr=1e-2)
+    hook = model.lm_head.register_forward_hook(lambda module, inputs, output: output * poison)
+    before = adapter.tensors()
+    scaler = torch.amp.GradScaler("cpu", enabled=False)
+    batches = pack_batches(random_records(4, 300), 100, 4)
+    result = train_step(model, optimizer, batches, learning_rate=1e-2, max_grad_norm=1.0, scaler=scaler)
+    hook.remove()
+    assert result.is_skipped
+    for name, tensor in adapter.tensors().items():
+        assert torch.equal(tensor, before[name])
+    assert not optimizer.state
+
+
+def test_training_fits_a_handful_of_records() -> None:
+    _, first = one_step(10_000, 8)
+    _, last = one_step(10_000, 8, lr=1e-2, steps=120)
+    assert last.loss < first.loss / 3
+
+
+def test_mean_loss_is_per_token_and_leaves_the_mode() -> None:
+    model, _ = tiny_model("llama3")
+    model.train()
+    records = random_records(6, model.config.vocab_size)
+    assert mean_loss(model, pack_batches(records, 30, 2)) == pytest.approx(mean_loss(model, pack_batches(records, 999, 9)), rel=1e-5)
+    assert model.training
+
+
+def test_cosine_is_the_formula_exactly() -> None:
+    for t in range(100):
+        want = 1e-5 + (2e-4 - 1e-5) * (1 + math.cos(math.pi * t / 100)) / 2
+        assert learning_rate_at(t, 100, peak=2e-4, minimum=1e-5, warmup_steps=0) == want
+
+
+def test_warm_up_rises_to_the_peak_and_the_cosine_starts_there() -> None:
+    rates = [learning_rate_at(t, 110, peak=1.0, minimum=0.0, warmup_steps=10) for t in range(110)]
+    assert rates[:11] == pytest.approx([0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0, 1.0])
+    assert all(a >= b for a, b in zip(rates[10:], rates[11:], strict=False))
+
+
+def test_the_automatic_rate_falls_with_the_model_s_width() -> None:
+    assert peak_learning_rate(TrainConfig(), 4096) == pytest.approx(2.86e-4)
+    assert peak_learning_rate(TrainConfig(), 576) == pytest.approx(1.32e-3)
+    assert peak_learning_rate(TrainConfig(learning_rate=2e-4), 576) == 2e-4
+
+
+@pytest.mark.parametrize(("epochs", "records", "max_steps"), [(3, 100, None), (0.5, 33, None), (2, 7, None), (9, 50, 4), (1, 3, 99)])
+def test_every_epoch_sees_every_record_once(epochs: float, records: int, max_steps: int | None) -> None:
+    config = TrainConfig(epochs=epochs, micro_batch_size=4, grad_accum_steps=2, max_steps=max_steps)
+    plan = make_plan(config, records, 64, torch.device("cpu"))
+    order = [i for step in range(plan.total_steps) for i in records_of_step(plan, 7, step)]
+    assert len(order) == plan.total_records
+    for start in range(0, len(order) - records + 1, records):
+        assert sorted(order[start : start + records]) == list(range(records))
+    if max_steps is None:
+        assert len(order) == math.ceil(epochs * records)
+    assert order != [i for step in range(plan.total_steps) for i in records_of_step(plan, 8, step)]
