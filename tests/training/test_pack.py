@@ -74,7 +74,9 @@ def test_the_loss_of_a_row_is_the_sum_of_its_records_losses() -> None:
         for record in records:
             logits = model(input_ids=torch.tensor([record.input_ids])).logits[0, :-1].double()
             apart += float(
-                torch.nn.functional.cross_entropy(logits, torch.tensor(record.labels[1:]), reduction="sum", ignore_index=-100)
+                torch.nn.functional.cross_entropy(
+                    logits, torch.tensor(record.labels[1:]), reduction="sum", ignore_index=-100
+                )
             )
     assert together == pytest.approx(apart, rel=1e-5)
 

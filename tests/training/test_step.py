@@ -88,7 +88,9 @@ def test_mean_loss_is_per_token_and_leaves_the_mode() -> None:
     model, _ = tiny_model("llama3")
     model.train()
     records = random_records(6, model.config.vocab_size)
-    assert mean_loss(model, pack_batches(records, 30, 2)) == pytest.approx(mean_loss(model, pack_batches(records, 999, 9)), rel=1e-5)
+    assert mean_loss(model, pack_batches(records, 30, 2)) == pytest.approx(
+        mean_loss(model, pack_batches(records, 999, 9)), rel=1e-5
+    )
     assert model.training
 
 
@@ -110,7 +112,9 @@ def test_the_automatic_rate_falls_with_the_model_s_width() -> None:
     assert peak_learning_rate(TrainConfig(learning_rate=2e-4), 576) == 2e-4
 
 
-@pytest.mark.parametrize(("epochs", "records", "max_steps"), [(3, 100, None), (0.5, 33, None), (2, 7, None), (9, 50, 4), (1, 3, 99)])
+@pytest.mark.parametrize(
+    ("epochs", "records", "max_steps"), [(3, 100, None), (0.5, 33, None), (2, 7, None), (9, 50, 4), (1, 3, 99)]
+)
 def test_every_epoch_sees_every_record_once(epochs: float, records: int, max_steps: int | None) -> None:
     config = TrainConfig(epochs=epochs, micro_batch_size=4, grad_accum_steps=2, max_steps=max_steps)
     plan = make_plan(config, records, 64, torch.device("cpu"))
