@@ -28,6 +28,10 @@ MANIFEST = "manifest.json"
 # It records how the work went, so it differs between two runs with the same result.
 LOGS = ("metrics.jsonl",)
 LIBRARIES = ("torch", "transformers", "tokenizers", "safetensors", "numpy", "polars")
+STAGES = ("dataset", "adapter", "evidence")
+# All that a run's folder holds, but for what is hidden while a stage or a write is at work.
+RUN_NAMES = {"recipe.yaml", ".lock", *STAGES, "report.html", "MODEL_CARD.md", "audit.jsonl", "tensorboard"}
+AT_WORK = (".partial", ".old", ".tmp")
 
 
 def digest_bytes(data: bytes) -> str:
@@ -109,14 +113,17 @@ def read_manifest(folder: Path) -> dict[str, Any] | None:
         return None
     if not isinstance(manifest, dict) or not {"key", "digest", "files"} <= manifest.keys():
         return None
-    return manifest
+    return manifest if isinstance(manifest["files"], dict) else None
 
 
 def is_current(folder: Path, key: str) -> bool:
     """Whether `folder` holds a complete artifact that was made for `key`, with its files in place."""
     manifest = read_manifest(folder)
-    if manifest is None or manifest.get("key") != key:
-        return False
+    return manifest is not None and manifest["key"] == key and is_whole(folder, manifest)
+
+
+def is_whole(folder: Path, manifest: dict[str, Any]) -> bool:
+    """Whether the files that `manifest` lists are in `folder`, with their sizes."""
     return all(
         (folder / name).is_file() and (folder / name).stat().st_size == entry.get("bytes")
         for name, entry in manifest["files"].items()
@@ -205,19 +212,16 @@ def lock_run(out: Path) -> Iterator[None]:
     """Holds the run's folder, made when missing, for this process alone.
 
     Raises `RunError` when another process holds it, when it is a file, or when it holds other
-    people's files: a run never mixes with what it did not make.
+    people's files: a run never mixes with what it did not make. Where nothing came of it, the folders
+    made for it are removed.
     """
     import filelock
 
     with disk_errors(out):
         if out.exists() and not out.is_dir():
             raise RunError(f"`{out}` is a file, and a run needs a folder", hint="choose another `out:` or `--out`")
-        names = {p.name for p in out.iterdir()} if out.exists() else set()
-        if names and not names & {"recipe.yaml", ".lock"}:
-            raise RunError(
-                f"`{out}` is in use: it holds {len(names)} other files and is no run of metier",
-                hint="choose another folder with `out:` or `--out`",
-            )
+        _refuse_other_files(out)
+        made = [folder for folder in (out, *out.parents) if not folder.exists()]
         out.mkdir(parents=True, exist_ok=True)
         lock = filelock.FileLock(out / ".lock")
         try:
@@ -230,11 +234,30 @@ def lock_run(out: Path) -> Iterator[None]:
     try:
         yield
     finally:
+        # While it is held: once released, the file may be another process's lock.
+        with contextlib.suppress(OSError):  # another process came in already, or the folder was removed
+            if [p.name for p in out.iterdir()] == [".lock"]:
+                (out / ".lock").unlink()
+                for folder in made:
+                    folder.rmdir()
         lock.release()
-        if [p.name for p in out.iterdir()] == [".lock"]:
-            # Nothing came of it: leave no trace.
-            (out / ".lock").unlink()
-            out.rmdir()
+
+
+def _refuse_other_files(out: Path) -> None:
+    """Raises `RunError` unless `out` is missing, empty, or a run: locked before, or a recipe and what it made."""
+    names = {p.name for p in out.iterdir()} if out.exists() else set()
+    if not names or ".lock" in names:
+        return
+    other = {n for n in names - RUN_NAMES if not (n.startswith(".") and n.endswith(AT_WORK))}
+    made = [stage for stage in STAGES if stage in names]
+    # Someone's own recipe, or folder `dataset`, is no run: what a stage made has a manifest.
+    if "recipe.yaml" in names and not other and made and all(read_manifest(out / stage) for stage in made):
+        return
+    count = len(other or names)
+    raise RunError(
+        f"`{out}` is in use: it holds {count} other {'file' if count == 1 else 'files'} and is no run of metier",
+        hint="choose another folder with `out:` or `--out`",
+    )
 
 
 def append_audit(out: Path, action: str, **facts: Any) -> None:

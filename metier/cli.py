@@ -34,14 +34,18 @@ UseBase = Annotated[bool, typer.Option("--base", help="Ask the base model, witho
 System = Annotated[str | None, typer.Option(help="A system message before the prompt.")]
 MaxNewTokens = Annotated[int, typer.Option(min=1, help="Tokens in an answer at most.")]
 Temperature = Annotated[float, typer.Option(min=0.0, help="0 takes the likeliest token; above, tokens are drawn.")]
-TopP = Annotated[float, typer.Option(min=0.0, max=1.0, help="Draw from the likeliest tokens of this total probability.")]
+TopP = Annotated[
+    float, typer.Option(min=0.0, max=1.0, help="Draw from the likeliest tokens of this total probability.")
+]
 Seed = Annotated[int, typer.Option(help="Of the drawing.")]
 Device = Annotated[str, typer.Option(help="auto, cpu or cuda.")]
 
 
 @app.command()
 def demo(
-    data: Annotated[str, typer.Option(help="icd10cm (English, medical coding) or china-law (Chinese, legal).")] = "icd10cm",
+    data: Annotated[
+        str, typer.Option(help="icd10cm (English, medical coding) or china-law (Chinese, legal).")
+    ] = "icd10cm",
     out: Out = None,
     set_: Set = None,
 ) -> None:
@@ -54,7 +58,9 @@ def demo(
     bundled = Path(__file__).parent / "bundled"
     names = {"icd10cm": "icd10cm.yaml", "china-law": "china_law.yaml"}
     if data not in names:
-        raise RecipeError(f"there is no demo data `{data}`{did_you_mean(data, list(names))}; there is {', '.join(names)}")
+        raise RecipeError(
+            f"there is no demo data `{data}`{did_you_mean(data, list(names))}; there is {', '.join(names)}"
+        )
     run(bundled / names[data], set_, out)
 
 
@@ -125,12 +131,17 @@ def inspect(
             rendered, report = render_records(ids, conversations, renderer, loaded.train)
             typer.echo(
                 f"{split}: {report.num_records} records, {report.num_tokens} tokens, {report.num_loss_tokens} of them "
-                f"trained, longest {report.longest}; {len(report.cut_prompts)} prompts cut, {len(report.left_out)} left out"
+                f"trained, longest {report.longest}; {len(report.cut_prompts)} prompts cut, "
+                f"{len(report.left_out)} left out"
             )
             shown = rendered[:records] if split == "train" else []
             for record_id, one in zip([i for i in ids if i not in report.left_out], shown, strict=False):
-                console.print(Text(f"\nrecord {record_id}: {one.num_loss_tokens} of {one.num_tokens} tokens are trained"))
-                console.print(tokens_as_text(renderer.tokenizer, one.input_ids, [n != IGNORE_INDEX for n in one.labels]))
+                console.print(
+                    Text(f"\nrecord {record_id}: {one.num_loss_tokens} of {one.num_tokens} tokens are trained")
+                )
+                console.print(
+                    tokens_as_text(renderer.tokenizer, one.input_ids, [n != IGNORE_INDEX for n in one.labels])
+                )
     typer.echo("labels: every prompt is masked, every answer and its stop token is trained")
 
 
@@ -162,7 +173,9 @@ def evaluate(recipe: RecipePath, set_: Set = None, out: Out = None) -> None:
 @app.command()
 def generate(
     run: Run,
-    prompt: Annotated[list[str] | None, typer.Option(help="A prompt; may be given several times. Else: stdin, one a line.")] = None,
+    prompt: Annotated[
+        list[str] | None, typer.Option(help="A prompt; may be given several times. Else: stdin, one a line.")
+    ] = None,
     system: System = None,
     base: UseBase = False,
     max_new_tokens: MaxNewTokens = 256,
@@ -178,7 +191,10 @@ def generate(
     """
     from metier.model.specialist import load
 
-    prompts = prompt or [line.rstrip("\n") for line in sys.stdin if line.strip()]
+    try:
+        prompts = prompt or [line.rstrip("\n") for line in sys.stdin if line.strip()]
+    except UnicodeDecodeError:
+        raise _not_utf8("a line of stdin") from None
     if not prompts:
         raise RecipeError("there is no prompt", hint='give --prompt "..." or lines on stdin')
     model = load(run, say=_terminal().say)
@@ -215,10 +231,10 @@ def chat(
         if line == "/new":
             messages = list(start)
             continue
-        messages.append({"role": "user", "content": line})
+        messages += _conversation(line, None)
         [answer] = model.complete(
-            [messages], use_adapter=not base, streamer=AnswerPrinter(model.renderer.decode), max_new_tokens=max_new_tokens,
-            temperature=temperature, top_p=top_p, seed=seed,
+            [messages], use_adapter=not base, streamer=AnswerPrinter(model.renderer.decode),
+            max_new_tokens=max_new_tokens, temperature=temperature, top_p=top_p, seed=seed,
         )  # fmt: skip
         messages.append({"role": "assistant", "content": answer.text})
 
@@ -228,11 +244,22 @@ def _ask() -> str:
         return input("> " if sys.stdin.isatty() else "").strip()
     except EOFError:
         return ""
+    except UnicodeDecodeError:
+        raise _not_utf8("the line") from None
 
 
 def _conversation(prompt: str | None, system: str | None) -> list[dict[str, str]]:
     messages = [{"role": "system", "content": system}] if system else []
-    return [*messages, {"role": "user", "content": prompt}] if prompt is not None else messages
+    messages += [{"role": "user", "content": prompt}] if prompt is not None else []
+    for message in messages:
+        # Python hands bytes that are no text on as halves of surrogate pairs.
+        if message["content"].encode(errors="replace").decode() != message["content"]:
+            raise _not_utf8("the prompt" if message["role"] == "user" else "the system message")
+    return messages
+
+
+def _not_utf8(what: str) -> RecipeError:
+    return RecipeError(f"{what} is not UTF-8", hint="set the terminal to UTF-8, or convert the text with iconv")
 
 
 def _print_counts(manifest: dict[str, Any]) -> None:
@@ -279,8 +306,14 @@ def main() -> None:
         _fail(f"error: {error}", error.exit_code)
     except Interrupted as error:
         _fail(error.message, error.exit_code)
+    except OSError as error:
+        if error.filename is None:
+            raise
+        # Of a file that no stage expected to fail on: a name too long, no permission to read, ...
+        _fail(f"error: `{error.filename}`: {error.strerror}", MetierError.exit_code)
 
 
 def _fail(text: str, exit_code: int) -> None:
-    print(text, file=sys.stderr)
+    # The name of a file may hold bytes that are no text.
+    print(text.encode(errors="backslashreplace").decode(), file=sys.stderr)
     sys.exit(exit_code)

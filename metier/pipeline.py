@@ -11,7 +11,16 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Protocol
 
-from metier.artifacts import append_audit, digest_json, is_current, lock_run, read_manifest, write_atomic
+from metier.artifacts import (
+    MANIFEST,
+    append_audit,
+    digest_json,
+    is_current,
+    is_whole,
+    lock_run,
+    read_manifest,
+    write_atomic,
+)
 from metier.errors import RunError
 from metier.recipe import Recipe
 
@@ -73,17 +82,18 @@ def _run_folder(recipe: Recipe, ui: Ui | None) -> Iterator[tuple[Path, Ui]]:
     out = Path(recipe.out)
     with lock_run(out):
         yield out, ui or Silent()
+        _store(recipe, out)
 
 
 def _prepare(recipe: Recipe, out: Path, ui: Ui) -> None:
     from metier.data.prepare import dataset_key, prepare
 
     key = dataset_key(recipe.data, recipe.seed)
-    _store(recipe, out)
     if is_current(out / "dataset", key):
         ui.say("dataset: up to date")
         return
     manifest = prepare(recipe.data, seed=recipe.seed, out=out / "dataset", progress=ui.say)
+    _store(recipe, out)
     append_audit(out, "prepare", digest=manifest["digest"], counts=manifest["counts"])
 
 
@@ -98,7 +108,6 @@ def _train(recipe: Recipe, out: Path, ui: Ui) -> None:
             "adapter": recipe.adapter.model_dump(), "train": recipe.train.model_dump(exclude=NO_EFFECT),
         }
     )  # fmt: skip
-    _store(recipe, out)
     if is_current(out / "adapter", key):
         ui.say("adapter: up to date")
         return
@@ -113,48 +122,62 @@ def _train(recipe: Recipe, out: Path, ui: Ui) -> None:
         base, recipe.adapter, recipe.train, dataset=out / "dataset", out=out / "adapter", seed=recipe.seed, key=key,
         report=ui.progress, say=ui.say,
     )  # fmt: skip
+    _store(recipe, out)
     append_audit(out, "train", digest=manifest["digest"], parents=manifest["parents"])
 
 
 def _evaluate(recipe: Recipe, out: Path, ui: Ui) -> None:
     dataset, adapter = _parent(out / "dataset", "prepare"), _parent(out / "adapter", "train")
+    if adapter.get("parents", {}).get("dataset") != dataset["digest"]:
+        # What is test now may have been trained on.
+        raise RunError(
+            f"`{out / 'adapter'}` was trained on another data set than the one in `{out / 'dataset'}`",
+            hint="run `metier train` first, or `metier run`",
+        )
     key = digest_json(
         {
             "stage": "evidence", "dataset": dataset["digest"], "adapter": adapter["digest"], "seed": recipe.seed,
             "evaluate": recipe.evaluate.model_dump(),
         }
     )  # fmt: skip
-    _store(recipe, out)
-    if is_current(out / "evidence", key) and (out / "report.html").exists() and (out / "MODEL_CARD.md").exists():
+    is_judged = is_current(out / "evidence", key)
+    if is_judged and _is_reported(out):
         ui.say("evidence: up to date")
         return
     from metier.evaluation.card import write_card
     from metier.evaluation.evaluate import evaluate
     from metier.evaluation.report import write_report
 
-    if not is_current(out / "evidence", key):
+    if not is_judged:
         from metier.model.specialist import load
 
-        (out / "report.html").unlink(missing_ok=True)
         specialist = load(out, device=recipe.train.device, say=ui.say)
         manifest = evaluate(
             specialist, dataset=out / "dataset", adapter=out / "adapter", config=recipe.evaluate, seed=recipe.seed,
             out=out / "evidence", key=key, progress=ui.progress,
         )  # fmt: skip
         append_audit(out, "evaluate", digest=manifest["digest"], parents=manifest["parents"])
+    _store(recipe, out)
     write_card(out)
     write_report(out)
 
 
+def _is_reported(out: Path) -> bool:
+    """Whether card and report are there and no older than the evidence they tell of."""
+    pages = [out / "MODEL_CARD.md", out / "report.html"]
+    told = (out / "evidence" / MANIFEST).stat().st_mtime_ns
+    return all(page.exists() and page.stat().st_mtime_ns >= told for page in pages)
+
+
 def _parent(folder: Path, verb: str) -> dict[str, Any]:
     manifest = read_manifest(folder)
-    if manifest is None:
+    if manifest is None or not is_whole(folder, manifest):
         raise RunError(f"`{folder}` is not there or not complete", hint=f"run `metier {verb}` first, or `metier run`")
     return manifest
 
 
 def _store(recipe: Recipe, out: Path) -> None:
-    """Keeps the recipe as resolved beside what it made."""
+    """Keeps the recipe as resolved beside what it made; one that failed leaves the earlier one there."""
     path, text = out / "recipe.yaml", recipe.to_yaml().encode()
     if not path.exists() or path.read_bytes() != text:
         write_atomic(path, text)

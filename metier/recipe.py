@@ -8,6 +8,7 @@ resolved is stored with the run.
 from __future__ import annotations
 
 import io
+import os
 import re
 from collections.abc import Hashable
 from pathlib import Path
@@ -229,6 +230,8 @@ def parse_recipe(
     try:
         tree = yaml.compose(io.StringIO(text), Loader=yaml.SafeLoader)
         values = yaml.load(io.StringIO(text), Loader=_NumberLoader)
+    except RecursionError:
+        raise RecipeError(f"`{name}` is nested too deeply to be a recipe") from None
     except (yaml.YAMLError, ValueError) as error:
         mark = getattr(error, "problem_mark", None)
         where = f"{name}, line {mark.line + 1}" if mark else name
@@ -247,13 +250,21 @@ def parse_recipe(
         raise RecipeError(_explain(error, name, tree, overrides or [])) from None
 
     def located(path: str) -> str:
-        return str((folder / Path(path).expanduser()).absolute())
+        return _as_path(str((folder / os.path.expanduser(path)).absolute()), name)
 
     sources = {name: [located(s) for s in getattr(recipe.data, name)] for name in ("sources", "test_sources")}
     base = recipe.base
-    is_path = base.startswith((".", "/", "~")) or base.endswith(".gguf") or Path(located(base)).exists()
+    is_path = base.startswith((".", "/", "~")) or base.endswith(".gguf") or os.path.exists(located(base))
     data = recipe.data.model_copy(update=sources)
-    return recipe.model_copy(update={"data": data, "base": located(base) if is_path else base})
+    out = _as_path(os.path.expanduser(recipe.out), name)
+    return recipe.model_copy(update={"data": data, "base": located(base) if is_path else base, "out": out})
+
+
+def _as_path(text: str, name: str) -> str:
+    """`text`, where a path can be kept as text. Raises `RecipeError` for what is not UTF-8, and for NUL."""
+    if "\0" in text or text.encode(errors="replace").decode() != text:
+        raise RecipeError(f"{name}: the path {text!a} is not UTF-8 or holds NUL", hint="rename the file or folder")
+    return text
 
 
 class _NumberLoader(yaml.SafeLoader):
@@ -283,7 +294,7 @@ def _apply(values: dict[str, Any], override: str) -> None:
         raise RecipeError(f"`--set {override}`: expected key=value, such as `--set train.epochs=1`")
     try:
         value = yaml.load(io.StringIO(text), Loader=_NumberLoader)
-    except yaml.YAMLError:
+    except (yaml.YAMLError, ValueError, RecursionError):
         value = text
     if isinstance(value, dict):
         value = text  # `Classify: {text}` is a template; an override sets one value, never a section

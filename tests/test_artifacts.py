@@ -273,7 +273,7 @@ def test_a_killed_process_leaves_no_lock_behind(tmp_path: Path) -> None:
 
 def test_a_run_never_mixes_with_other_files(tmp_path: Path) -> None:
     (tmp_path / "thesis.docx").write_text("x")
-    with pytest.raises(RunError, match="is in use: it holds 1 other files"), lock_run(tmp_path):
+    with pytest.raises(RunError, match="is in use: it holds 1 other file "), lock_run(tmp_path):
         pass
     assert os.listdir(tmp_path) == ["thesis.docx"]
 

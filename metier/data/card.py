@@ -23,7 +23,7 @@ def data_card(details: dict[str, Any]) -> str:
     reasons = "".join(f"| {_cell(reason)} | {count} |\n" for reason, count in details["rejected_by_reason"].items())
     split_rows = "".join(f"| {name} | {count} |\n" for name, count in splits.items())
     how = "named in the recipe" if details["roles"]["how"] == "recipe" else "found by the columns' names"
-    return f"""{_front_matter(details)}
+    english = f"""{_front_matter(details)}
 # Data set
 
 {counts["rows"]} source rows: {counts["kept"]} kept as records, {counts["rejected"]} rejected.
@@ -58,8 +58,14 @@ Each one is in `rejected.parquet` with its file, row and byte offset.
 Whitespace around prompts, answers and template columns is taken off; numbers and booleans become the text they are
 written in; empty system messages are left out. Plain text is as it was. Nothing else was changed, cut or translated.
 The licence and the personal data of the sources are the concern of whoever gave them: this card knows neither.
+"""
+    return f"{english}\n{_chinese(details)}"
 
-## 中文说明
+
+def _chinese(details: dict[str, Any]) -> str:
+    """What the card says, for those who read Chinese."""
+    counts, splits, languages = details["counts"], details["splits"], details["languages"]
+    return f"""## 中文说明
 
 源数据共 {counts["rows"]} 行:保留 {counts["kept"]} 条记录,拒绝 {counts["rejected"]} 行。
 拒绝的原因见上表,逐行见 `rejected.parquet`。

@@ -8,6 +8,7 @@ Limits: the kept records are held in memory once.
 
 from __future__ import annotations
 
+import shutil
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -23,7 +24,7 @@ from metier.data.roles import Roles, find_roles
 from metier.data.sources import find_sources, read_columns, read_rows
 from metier.data.split import split_groups
 from metier.data.tables import parquet_bytes, records_table, rejected_table
-from metier.errors import DataError
+from metier.errors import DataError, RunError
 from metier.recipe import DataConfig
 
 MAX_LABELS = 256
@@ -83,14 +84,18 @@ def prepare(config: DataConfig, *, seed: int, out: Path, progress: Callable[[str
         ],
         "seed": seed,
     }
-    work = artifacts.work_folder(out, key)
-    artifacts.write_atomic(work / "records.parquet", parquet_bytes(table))
-    artifacts.write_atomic(work / "rejected.parquet", parquet_bytes(rejected_table(rejected)))
-    artifacts.write_atomic(work / "DATA_CARD.md", data_card(details).encode())
     progress(f"{details['counts']['kept']:,} of {details['counts']['rows']:,} rows kept, {len(rejected):,} rejected")
-    return artifacts.complete(
-        work, out, kind="dataset", key=key, config=config.model_dump(), parents={}, started=started, details=details
-    )
+    work = artifacts.work_folder(out, key)
+    try:
+        artifacts.write_atomic(work / "records.parquet", parquet_bytes(table))
+        artifacts.write_atomic(work / "rejected.parquet", parquet_bytes(rejected_table(rejected)))
+        artifacts.write_atomic(work / "DATA_CARD.md", data_card(details).encode())
+        return artifacts.complete(
+            work, out, kind="dataset", key=key, config=config.model_dump(), parents={}, started=started, details=details
+        )
+    except RunError:
+        shutil.rmtree(work, ignore_errors=True)  # half a data set is of no use: it is made anew
+        raise
 
 
 def preview(config: DataConfig, *, limit: int) -> Preview:

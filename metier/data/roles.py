@@ -204,7 +204,9 @@ def _column(name: str, role: str, columns: list[str], path: Path) -> str:
     raise DataError(
         f"`data.{role}`: `{path}` has no column `{name}`{did_you_mean(name, columns)}; "
         f"its columns are: {_listed(columns)}",
-        hint=f"a template has its columns in braces, such as `{name} {{{columns[0]}}}`" if " " in name else None,
+        hint=f"a template has its columns in braces, such as `{name} {{{_short(columns[0])}}}`"
+        if " " in name
+        else None,
     )
 
 
@@ -233,7 +235,7 @@ def _first(names: tuple[str, ...], known: dict[str, str]) -> str | None:
 
 
 def _unclear(question: str, columns: list[str], path: Path) -> DataError:
-    first, last = columns[0] if columns else "question", columns[-1] if columns else "answer"
+    first, last = (_short(columns[0]), _short(columns[-1])) if columns else ("question", "answer")
     return DataError(
         f"`{path}`: it is not clear {question}; its columns are: {_listed(columns)}",
         hint=f"name them in the recipe: `data: {{prompt: {first}, answer: {last}}}`, or `messages:` for "
@@ -242,5 +244,10 @@ def _unclear(question: str, columns: list[str], path: Path) -> DataError:
 
 
 def _listed(columns: list[str]) -> str:
-    shown = ", ".join(f"`{name}`" for name in columns[:30])
+    shown = ", ".join(f"`{_short(name)}`" for name in columns[:30])
     return shown if len(columns) <= 30 else f"{shown} and {len(columns) - 30} more"
+
+
+def _short(column: str) -> str:
+    """Where a file has no header its first row stands here: no more of it than tells what it is."""
+    return column if len(column) <= 40 else f"{column[:40]}…"

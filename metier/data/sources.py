@@ -58,6 +58,10 @@ def read_columns(source: Source, *, limit: int | None = None) -> list[str]:
             break
     if not columns:
         raise DataError(f"`{source.path}`: no row could be read; {first_problem or 'its objects are empty'}")
+    if broken := [name for name in columns if name.encode(errors="replace").decode() != name]:
+        raise DataError(
+            f"`{source.path}`: the key {broken[0]!a} holds half of a surrogate pair", hint="export it again"
+        )
     return list(columns)
 
 
@@ -91,6 +95,8 @@ def _expand(patterns: list[str]) -> list[Path]:
             )
         found.update(dict.fromkeys(matches))
     for path in found:
+        if str(path).encode(errors="replace").decode() != str(path):
+            raise DataError(f"the file name {str(path)!a} is not UTF-8", hint="rename it, or narrow the glob")
         if path.suffix.lower() not in FORMATS:
             raise DataError(
                 f"`{path}` has the extension `{path.suffix}`, which is not read; known are {', '.join(FORMATS)}",

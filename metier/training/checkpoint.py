@@ -19,7 +19,7 @@ import safetensors
 import safetensors.torch
 import torch
 
-from metier.artifacts import digest_bytes, digest_file, disk_errors, fsync_dir, write_atomic, write_json
+from metier.artifacts import digest_bytes, digest_file, digest_json, disk_errors, fsync_dir, write_atomic, write_json
 
 KEEP = 2
 
@@ -56,10 +56,8 @@ def save_checkpoint(
             aside.mkdir()
             data = safetensors.torch.save({name: t.contiguous() for name, t in tensors.items()})
             write_atomic(aside / "state.safetensors", data)
-            write_json(
-                aside / "state.json",
-                {"progress": asdict(progress), "extra": extra, "sha256": digest_bytes(data)},
-            )
+            state = {"progress": asdict(progress), "extra": extra, "sha256": digest_bytes(data)}
+            write_json(aside / "state.json", state | {"digest": digest_json(state)})
             shutil.rmtree(final, ignore_errors=True)
             os.replace(aside, final)
             fsync_dir(folder)
@@ -76,7 +74,8 @@ def load_checkpoint(
     for path in _newest_first(folder):
         try:
             state = json.loads((path / "state.json").read_text(encoding="utf-8"))
-            if digest_file(path / "state.safetensors") != state["sha256"]:
+            digest = state.pop("digest")
+            if digest != digest_json(state) or digest_file(path / "state.safetensors") != state["sha256"]:
                 raise ValueError("its digest does not match")
             tensors = safetensors.torch.load_file(path / "state.safetensors")
             return Progress(**state["progress"]), tensors, state["extra"]

@@ -168,6 +168,9 @@ class Trainer:
         """Loss on the val split, if there is one; keeps the adapter when it is the best so far."""
         val_loss = mean_loss(self.base.model, self.val_batches) if self.val_batches else None
         best = self.progress.best_val_loss
+        if val_loss is not None and not math.isfinite(val_loss):
+            self.say(f"step {self.progress.step}: the loss on the val split is not finite; this adapter is not kept")
+            return None
         if val_loss is None or best is None or val_loss < best:
             self.best = self.adapter.tensors()
             self.progress.best_val_loss, self.progress.best_step = val_loss, self.progress.step
@@ -202,7 +205,7 @@ class Trainer:
         return True
 
     def loop(self, report: Report, metrics: Metrics, stop: StopRequest) -> None:
-        """Steps until the plan is done: logs, validates and saves on the way."""
+        """Steps until the plan is done or `stop` is asked for: logs, validates and saves on the way."""
         plan, config, progress = self.plan, self.config, self.progress
         before = progress.seconds
         started = time.perf_counter()
@@ -227,11 +230,12 @@ class Trainer:
                 if val_loss is not None:
                     numbers["val_loss"] = val_loss
                     progress.metrics_bytes = metrics.log(step=progress.step, val_loss=val_loss)
-            if progress.step % config.save_every == 0 or is_last or stop.signal_number:
-                self.save()
             report("training", progress.step, plan.total_steps, **numbers)
-            if stop.signal_number and not is_last:
-                raise Interrupted(stop.signal_number, f"stopped after step {progress.step}, which is saved; run again to go on")
+            is_stopping = stop.signal_number is not None  # read once: a later signal is for the next step to see
+            if progress.step % config.save_every == 0 or is_last or is_stopping:
+                self.save()
+            if is_stopping:
+                return
 
 
 def train(
@@ -274,6 +278,9 @@ def train(
         Metrics(work / "metrics.jsonl", trainer.progress.metrics_bytes, list(config.report_to), out.parent.name) as metrics,
     ):
         trainer.loop(report, metrics, stop)
+    if stop.signal_number is not None:
+        step = trainer.progress.step
+        raise Interrupted(stop.signal_number, f"stopped after step {step}, which is saved; run again to go on")
 
     base_name = base.name if "/" in base.name and not Path(base.name).exists() else str(base.path)
     save_adapter(work, adapter, trainer.best, base=base_name, revision=base.revision)
