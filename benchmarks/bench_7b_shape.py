@@ -1,4 +1,4 @@
-"""The bundled ICD-10 recipe, unchanged, on a LLaMA-2-7B-shaped model with random weights: trains, is stopped, resumes, is judged.
+"""The bundled ICD-10 recipe, unchanged, on a LLaMA-2-7B shape with random weights: trained, stopped, resumed, judged.
 
     python benchmarks/bench_7b_shape.py --work /tmp/7b
 
@@ -67,8 +67,8 @@ def main() -> None:
     evidence = json.loads((run / "evidence" / "evidence.json").read_text())
     lines = [
         "# LLaMA-2-7B shape, random weights, bf16, the bundled ICD-10 recipe unchanged", "",
-        f"`python benchmarks/bench_7b_shape.py --work {work}` on one {torch.cuda.get_device_name()}, torch {torch.__version__}, "
-        f"{time.strftime('%Y-%m-%d')}.", "",
+        f"`python benchmarks/bench_7b_shape.py --work {work}` on one {torch.cuda.get_device_name()}, "
+        f"torch {torch.__version__}, {time.strftime('%Y-%m-%d')}.", "",
         "| what | value |", "|---|---|",
         f"| stopped by SIGTERM, exit code | {stopped} |", f"| the same command again, exit code | {second} |",
         f"| steps in metrics.jsonl | {[row['step'] for row in steps] == list(range(1, 51))} (1 to 50, each once) |",

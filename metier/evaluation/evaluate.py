@@ -46,10 +46,11 @@ def evaluate(
     started = time.time()
     data, training = _manifest(dataset, "dataset"), _manifest(adapter, "adapter")
     test = tasks.read_items(dataset, "test")
-    items = tasks.choose_items(test, max_items=config.max_items, seed=seed)
+    chosen = tasks.choose_items(test, max_items=config.max_items, seed=seed)
     asked = tasks.choose_tasks(config, data)
     labels = list(data["labels"])
-    max_new_tokens = tasks.longest_answer(specialist, items, config) if asked != ["perplexity"] else 0
+    max_new_tokens = tasks.longest_answer(specialist, chosen, config) if asked != ["perplexity"] else 0
+    items, left_out = tasks.leave_out(specialist, chosen, max_new_tokens)
     base, tuned = (
         tasks.ask(specialist, items, tasks=asked, labels=labels, max_new_tokens=max_new_tokens, use_adapter=use,
                   progress=progress)
@@ -78,6 +79,7 @@ def evaluate(
         "n": len(items),
         "num_groups": len(set(groups)),
         "num_test_records": len(test),
+        "left_out": left_out,
         "num_test_prompts_in_train": sum(metrics.normalise(i.prompt_text) in known for i in items),
         "labels_not_in_train": sorted({i.label for i in items if i.label} - {i.label for i in train}),
     }  # fmt: skip

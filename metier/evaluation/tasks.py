@@ -118,6 +118,19 @@ def longest_answer(specialist: Specialist, items: list[Item], config: EvaluateCo
     return min(longest + SPARE_TOKENS, LONGEST_ANSWER)
 
 
+def leave_out(specialist: Specialist, items: list[Item], max_new_tokens: int) -> tuple[list[Item], dict[str, str]]:
+    """The items that can be asked, and the reason by record_id for each of the others.
+
+    Raises `DataError` when none can be asked.
+    """
+    reasons = {i.record_id: specialist.why_not(i.messages, max_new_tokens) for i in items}
+    left_out = {record_id: reason for record_id, reason in reasons.items() if reason}
+    if len(left_out) == len(items):
+        reason = next(iter(left_out.values()))
+        raise DataError(f"none of {len(items)} test records can be asked; the first: {reason}")
+    return [i for i in items if i.record_id not in left_out], left_out
+
+
 def ask(
     specialist: Specialist, items: list[Item], *, tasks: list[str], labels: list[str], max_new_tokens: int,
     use_adapter: bool, progress: Progress,

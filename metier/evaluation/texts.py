@@ -66,12 +66,14 @@ def limits(evidence: dict[str, Any], language: Language) -> list[str]:
     few = sum(entry["n"] < FEW_PER_LABEL for entry in labels.values())
     cuts = {side: decoding[f"{side}_cut"] for side in ("base", "adapter")}
     cut = any(cuts.values())
+    left_out = len(evidence["left_out"])
     leaked, total = evidence["num_test_prompts_in_train"], evidence["num_test_records"]
     found: list[tuple[bool, str, dict[str, Any]]] = [
         (leaked > 0, "limit_leak", {"n": leaked}),
         (bool(unseen), "limit_unseen", {"n": len(unseen), "labels": ("、" if language == "zh" else ", ").join(unseen)}),
         (groups < min(n, FEW_GROUPS), "limit_groups", {"n": groups, "needed": FEW_GROUPS}),
-        (n < total, "limit_choice", {"n": n, "total": total}),
+        (bool(left_out), "limit_left_out", {"n": left_out}),
+        (n + left_out < total, "limit_choice", {"n": n, "total": total}),
         (few > 0, "limit_few_per_label", {"n": few, "total": len(labels), "needed": FEW_PER_LABEL}),
         (cut, "limit_cut", {"tokens": decoding["max_new_tokens"], **cuts}),
         ("chrf" in evidence["metrics"], "limit_overlap", {}),

@@ -6,7 +6,7 @@ Shapes: B batch, T tokens, I input features, O output features, R rank, N superv
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F  # noqa: N812
+import torch.nn.functional as F
 
 
 def lora_linear(

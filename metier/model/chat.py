@@ -35,7 +35,7 @@ PLAIN_TEMPLATE = (
 
 @dataclass(frozen=True, slots=True)
 class Rendered:
-    """One record as the model sees it: input_ids and labels of equal length, labels IGNORE_INDEX where no loss falls."""
+    """One record as the model sees it: input_ids and labels of one length, IGNORE_INDEX where no loss falls."""
 
     input_ids: list[int]
     labels: list[int]
@@ -144,12 +144,15 @@ class Renderer:
     def _text(self, messages: Sequence[Message], *, opening: bool = False) -> str:
         try:
             text = self.tokenizer.apply_chat_template(
-                list(messages), chat_template=self.template, tokenize=False, add_generation_prompt=opening,
+                list(messages),
+                chat_template=self.template,
+                tokenize=False,
+                add_generation_prompt=opening,
                 enable_thinking=False,
             )
         except jinja2.TemplateError as error:
             raise LabelError(
-                f"the model's chat template refuses a conversation of {', '.join(m['role'] for m in messages)}: {error}",
+                f"the model's chat template refuses the turns {', '.join(m['role'] for m in messages)}: {error}",
                 hint="leave `data.system` out if the template knows no system message",
             ) from None
         return str(text)

@@ -26,7 +26,12 @@ class SamplingParams:
 
 
 def generate_ids(
-    base: Base, prompts: Sequence[list[int]], params: SamplingParams, *, stop_token_ids: frozenset[int], batch_size: int,
+    base: Base,
+    prompts: Sequence[list[int]],
+    params: SamplingParams,
+    *,
+    stop_token_ids: frozenset[int],
+    batch_size: int,
     streamer: Any = None,
 ) -> Iterator[tuple[int, list[int]]]:
     """(index into `prompts`, new ids with the stop token if one came) in the order in which batches finish.

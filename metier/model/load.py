@@ -31,6 +31,10 @@ TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "tekken.js
 _hf: Any = transformers
 
 
+Device = Literal["auto", "cpu", "cuda"]
+Precision = Literal["auto", "fp32", "bf16", "fp16"]
+
+
 @dataclass(frozen=True, slots=True)
 class Base:
     """A frozen base model: in eval mode, no parameter requires a gradient.
@@ -39,7 +43,8 @@ class Base:
     `digest` covers every file of the checkpoint.
     """
 
-    model: torch.nn.Module
+    # A transformers model; its classes' type hints are partial.
+    model: Any
     tokenizer: Any
     path: Path
     name: str
@@ -47,6 +52,11 @@ class Base:
     digest: str
     dtype: torch.dtype
     device: torch.device
+
+    @property
+    def config(self) -> Any:
+        """The language model's configuration, also where it is a part of a larger one."""
+        return self.model.config.get_text_config()
 
 
 def load_base(
@@ -150,7 +160,7 @@ def convert_gguf(gguf: Path, folder: Path) -> None:
         tokenizer.save_pretrained(folder)
 
 
-def resolve_device(name: Literal["auto", "cpu", "cuda"]) -> torch.device:
+def resolve_device(name: Device) -> torch.device:
     """`auto` is the GPU when there is one. Raises `ModelError` when `cuda` is asked for and there is none."""
     if name == "cpu" or (name == "auto" and not torch.cuda.is_available()):
         return torch.device("cpu")
@@ -163,9 +173,7 @@ def resolve_device(name: Literal["auto", "cpu", "cuda"]) -> torch.device:
     return torch.device("cuda", torch.cuda.current_device())
 
 
-def resolve_precision(
-    name: Literal["auto", "fp32", "bf16", "fp16"], device: torch.device, *, progress: Progress = say
-) -> torch.dtype:
+def resolve_precision(name: Precision, device: torch.device, *, progress: Progress = say) -> torch.dtype:
     """The dtype of the frozen base and of the arithmetic on `device`.
 
     `auto` is bf16 where the device has units for it (compute capability 8.0 and up; AVX512-BF16 or AMX),

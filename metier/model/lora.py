@@ -53,8 +53,13 @@ class LoRALinear(nn.Module):
         if not self.is_on:
             return self.base(x)  # type: ignore[no-any-return]
         return lora_linear(
-            x, self.base.weight, self.base.bias, self.lora_a, self.lora_b,
-            scaling=self.scaling, dropout=self.dropout if self.training else 0.0,
+            x,
+            self.base.weight,
+            self.base.bias,
+            self.lora_a,
+            self.lora_b,
+            scaling=self.scaling,
+            dropout=self.dropout if self.training else 0.0,
         )
 
 
@@ -99,7 +104,7 @@ class Adapter:
             for name, parameter in mine.items():
                 if parameter.shape != tensors[name].shape:
                     raise ModelError(
-                        f"`{name}` is {list(tensors[name].shape)} in the adapter's file and {list(parameter.shape)} here"
+                        f"`{name}` is {[*tensors[name].shape]} in the adapter's file and {[*parameter.shape]} here"
                     )
                 parameter.copy_(tensors[name])
 
@@ -228,11 +233,16 @@ def read_adapter_config(folder: Path) -> tuple[AdapterConfig, dict[str, Any]]:
     try:
         entries = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise ModelError(f"`{folder}` holds no adapter_config.json", hint="name a run's folder or a PEFT adapter") from None
+        raise ModelError(
+            f"`{folder}` holds no adapter_config.json", hint="name a run's folder or a PEFT adapter"
+        ) from None
     except (json.JSONDecodeError, UnicodeDecodeError):
         raise ModelError(f"`{path}` is not valid JSON") from None
-    if entries.get("peft_type") != "LORA":
-        raise ModelError(f"`{path}` describes a {entries.get('peft_type')} adapter; metier loads LORA")
+    kind = entries.get("peft_type") if isinstance(entries, dict) else None
+    if kind != "LORA":
+        raise ModelError(f"`{path}` describes a {kind} adapter; metier loads LORA")
+    if missing := [name for name in ("r", "lora_alpha", "target_modules") if name not in entries]:
+        raise ModelError(f"`{path}` lacks `{missing[0]}`", hint="it was written by something other than PEFT or metier")
     unsupported = ("use_dora", "rank_pattern", "alpha_pattern", "modules_to_save", "trainable_token_indices",
                    "lora_bias", "target_parameters", "fan_in_fan_out")  # fmt: skip
     for name in unsupported:
@@ -251,7 +261,9 @@ def load_adapter(model: nn.Module, folder: Path) -> Adapter:
     config, _ = read_adapter_config(folder)
     path = folder / "adapter_model.safetensors"
     if not path.exists():
-        raise ModelError(f"`{folder}` holds no adapter_model.safetensors", hint="metier loads safetensors only, never pickle")
+        raise ModelError(
+            f"`{folder}` holds no adapter_model.safetensors", hint="metier loads safetensors only, never pickle"
+        )
     try:
         tensors = safetensors.torch.load_file(path)
     except safetensors.SafetensorError as error:

@@ -110,7 +110,12 @@ def answer_log_probs(
 
 @torch.no_grad()
 def choice_log_probs(
-    base: Base, prompts: Sequence[list[int]], choices: Sequence[list[int]], *, max_tokens: int, done: Callable[[int], None]
+    base: Base,
+    prompts: Sequence[list[int]],
+    choices: Sequence[list[int]],
+    *,
+    max_tokens: int,
+    done: Callable[[int], None],
 ) -> np.ndarray:
     """Summed log-probability of each choice after each prompt, in nats: float64 [num_prompts, num_choices]."""
     trie = Trie.of(choices)
@@ -136,7 +141,7 @@ def choice_log_probs(
             ids += prompt + trie.tokens[1:]
             position_ids += [*range(last + 1), *(last + depth for depth in depths[1:])]
         keep = [position for positions in nodes for position in positions]
-        mask = torch.block_diag(*blocks)[None, None].to(base.device)
+        mask = torch.block_diag(*blocks)[None, None].to(base.device)  # type: ignore[no-untyped-call]
         log_probs = _log_probs(base, ids, position_ids, keep, mask).view(len(row), num_nodes, -1)
         for choice, (at, tokens) in enumerate(zip(edge_nodes, edge_tokens, strict=True)):
             scores[row, choice] = log_probs[:, at, tokens].double().sum(1).cpu().numpy()
@@ -157,4 +162,5 @@ def _log_probs(
         use_cache=False,
         logits_to_keep=torch.tensor(keep, device=device),
     ).logits
-    return logits[0].float().log_softmax(-1)
+    log_probs: torch.Tensor = logits[0].float().log_softmax(-1)
+    return log_probs

@@ -17,7 +17,7 @@ from metier.artifacts import read_manifest
 from metier.errors import LabelError, ModelError
 from metier.model.chat import IGNORE_INDEX, Message, Renderer, eos_token_ids
 from metier.model.generate import SamplingParams, generate_ids
-from metier.model.load import Base, load_base, resolve_device, resolve_precision
+from metier.model.load import Base, Device, Precision, load_base, resolve_device, resolve_precision
 from metier.model.lora import Adapter, load_adapter, read_adapter_config
 from metier.model.score import answer_log_probs, choice_log_probs
 
@@ -53,6 +53,7 @@ class Specialist:
         self.base = base
         self.adapter = adapter
         self.renderer = Renderer(base.tokenizer, eos_token_ids(base.path))
+        self.context: int | None = getattr(base.config, "max_position_embeddings", None)
         self.max_tokens = max_tokens or (1024 if base.device.type == "cpu" else 8192)
         base.model.eval()
 
@@ -61,8 +62,14 @@ class Specialist:
         return [completion.text for completion in self.complete(prompts, **options)]
 
     def complete(
-        self, prompts: Sequence[Prompt], *, use_adapter: bool = True, batch_size: int = 16, streamer: Any = None,
-        done: Callable[[int], None] = _quiet, **sampling: Any,
+        self,
+        prompts: Sequence[Prompt],
+        *,
+        use_adapter: bool = True,
+        batch_size: int = 16,
+        streamer: Any = None,
+        done: Callable[[int], None] = _quiet,
+        **sampling: Any,
     ) -> list[Completion]:
         """One completion a prompt, in their order; `sampling` are SamplingParams' fields.
 
@@ -70,11 +77,10 @@ class Specialist:
         """
         params = SamplingParams(**sampling)
         ids = [self.renderer.prompt(_messages(prompt)) for prompt in prompts]
-        limit = getattr(self.base.model.config.get_text_config(), "max_position_embeddings", None)
         longest = max((len(i) for i in ids), default=0) + params.max_new_tokens
-        if limit and longest > limit:
+        if self.context is not None and longest > self.context:
             raise ModelError(
-                f"a prompt and its answer would take {longest} tokens, and the model has room for {limit}",
+                f"a prompt and its answer would take {longest} tokens, and the model has room for {self.context}",
                 hint="shorten the prompt or lower max_new_tokens",
             )
         completions: list[Completion] = [Completion("", 0, False)] * len(prompts)
@@ -99,7 +105,10 @@ class Specialist:
         return [float(v.sum()) for v in values]
 
     def score_records(
-        self, conversations: Sequence[Sequence[Message]], *, use_adapter: bool = True,
+        self,
+        conversations: Sequence[Sequence[Message]],
+        *,
+        use_adapter: bool = True,
         done: Callable[[int], None] = _quiet,
     ) -> list[AnswerScore]:
         """How surprising each conversation's last answer is (or a plain text's tokens), end-of-turn token included."""
@@ -112,7 +121,11 @@ class Specialist:
         ]
 
     def score_choices(
-        self, prompts: Sequence[Prompt], choices: Sequence[str], *, use_adapter: bool = True,
+        self,
+        prompts: Sequence[Prompt],
+        choices: Sequence[str],
+        *,
+        use_adapter: bool = True,
         done: Callable[[int], None] = _quiet,
     ) -> np.ndarray:
         """Log-probability in nats of each choice as the answer to each prompt, without the end-of-turn token.
@@ -130,6 +143,18 @@ class Specialist:
             choice_ids.append([ids[t] for t in positions[:-1]])
         with self._adapter(use_adapter):
             return choice_log_probs(self.base, prompt_ids, choice_ids, max_tokens=self.max_tokens, done=done)
+
+    def why_not(self, messages: Sequence[Message], max_new_tokens: int) -> str | None:
+        """Why a record's last answer cannot be scored and generated, or None: control tokens, or no room for it."""
+        try:
+            whole = self.renderer.conversation(messages).num_tokens
+            prompt = 0 if messages[0]["role"] == "text" else len(self.renderer.prompt(messages[:-1]))
+        except LabelError as error:
+            return error.message
+        longest = max(prompt + max_new_tokens, whole)
+        if self.context is not None and longest > self.context:
+            return f"{longest} tokens with its answer, and the model has room for {self.context}"
+        return None
 
     def count_tokens(self, text: str) -> int:
         """Tokens of `text` alone."""
@@ -154,7 +179,11 @@ def _messages(prompt: Prompt) -> list[Message]:
 
 
 def load(
-    run_or_base: str | Path, *, device: str = "auto", precision: str = "auto", say: Callable[[str], None] = lambda text: None
+    run_or_base: str | Path,
+    *,
+    device: Device = "auto",
+    precision: Precision = "auto",
+    say: Callable[[str], None] = lambda text: None,
 ) -> Specialist:
     """Loads a run's folder, a PEFT adapter's folder or a base model (alias, folder, GGUF file or hub id).
 
@@ -169,13 +198,16 @@ def load(
         return Specialist(_base(str(run_or_base), None, device, precision, say))
     _, entries = read_adapter_config(adapter_folder)
     manifest = read_manifest(adapter_folder) or {}
-    trained = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16"}.get(manifest.get("precision", ""), "auto")
+    names: dict[str, Precision] = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16"}
+    trained = names.get(manifest.get("precision", ""), "auto")
     name = manifest.get("base", {}).get("name") or entries["base_model_name_or_path"]
     same_device = manifest.get("device") == resolve_device(device).type
-    base = _base(name, entries.get("revision"), device, trained if precision == "auto" and same_device else precision, say)
+    base = _base(
+        name, entries.get("revision"), device, trained if precision == "auto" and same_device else precision, say
+    )
     return Specialist(base, load_adapter(base.model, adapter_folder))
 
 
-def _base(name: str, revision: str | None, device: str, precision: str, say: Callable[[str], None]) -> Base:
+def _base(name: str, revision: str | None, device: Device, precision: Precision, say: Callable[[str], None]) -> Base:
     where = resolve_device(device)
     return load_base(name, revision=revision, dtype=resolve_precision(precision, where), device=where, progress=say)

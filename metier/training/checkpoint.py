@@ -39,9 +39,7 @@ class Progress:
     seconds: float = 0.0
 
 
-def save_checkpoint(
-    folder: Path, progress: Progress, tensors: dict[str, torch.Tensor], extra: dict[str, Any]
-) -> None:
+def save_checkpoint(folder: Path, progress: Progress, tensors: dict[str, torch.Tensor], extra: dict[str, Any]) -> None:
     """Writes `folder/step-N` so that it is there whole or not at all, then removes all but the last two.
 
     `tensors` are flat by name; `extra` is JSON (the loss scaler). Raises `RunError` on a full disk,

@@ -71,8 +71,10 @@ def render_records(
     return rendered, report
 
 
-def check_labels(rendered: Rendered, messages: list[Message], renderer: Renderer, train_on: str, record_id: str) -> None:
-    """Raises `LabelError` unless labels agree with inputs and the trained text is the record's answer and its stop token."""
+def check_labels(
+    rendered: Rendered, messages: list[Message], renderer: Renderer, train_on: str, record_id: str
+) -> None:
+    """Raises `LabelError` unless what is trained is exactly the record's answer and its stop token."""
     ids, labels = rendered.input_ids, rendered.labels
     trained = [i for i, label in enumerate(labels) if label != IGNORE_INDEX]
     problem = None

@@ -17,7 +17,7 @@ from metier.model.chat import IGNORE_INDEX, Rendered
 
 @dataclass(frozen=True, slots=True)
 class PackedBatch:
-    """One pass: input_ids and position_ids [1, T] int64; the N positions that carry loss and their targets, [N] int64."""
+    """One pass: input_ids, position_ids [1, T] int64; the N positions that carry loss and their targets [N] int64."""
 
     input_ids: torch.Tensor
     position_ids: torch.Tensor
@@ -62,7 +62,10 @@ def pack(lengths: Sequence[int], max_tokens: int, max_records: int) -> list[list
 
 def collate(records: Sequence[Rendered]) -> PackedBatch:
     """Lays records end to end. The target of a position is the next token's label, within its record alone."""
-    input_ids, position_ids, positions, targets = [], [], [], []
+    input_ids: list[int] = []
+    position_ids: list[int] = []
+    positions: list[int] = []
+    targets: list[int] = []
     for record in records:
         start = len(input_ids)
         input_ids += record.input_ids

@@ -54,7 +54,7 @@ def train_step(
     total = torch.zeros((), device=batches[0].input_ids.device)
     for batch in batches:
         loss = loss_sum(model, batch)
-        scaler.scale(loss / num_loss_tokens).backward()
+        torch.autograd.backward(scaler.scale(loss / num_loss_tokens))
         total += loss.detach()
     scaler.unscale_(optimizer)
     parameters = [p for group in optimizer.param_groups for p in group["params"]]

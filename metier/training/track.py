@@ -26,7 +26,9 @@ class Metrics:
     def __enter__(self) -> Metrics:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         self._file.close()
         if self._tensorboard:
             self._tensorboard.close()
@@ -50,7 +52,9 @@ def _tensorboard(folder: Path) -> Any:
     try:
         from torch.utils.tensorboard import SummaryWriter
     except ImportError:
-        raise RecipeError("train.report_to names tensorboard, which is not installed", hint="pip install tensorboard") from None
+        raise RecipeError(
+            "train.report_to names tensorboard, which is not installed", hint="pip install tensorboard"
+        ) from None
     return SummaryWriter(str(folder))
 
 

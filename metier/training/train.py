@@ -151,8 +151,8 @@ class Trainer:
         # fp16's loss scaler finds its scale by skipping; elsewhere three in a row mean a diverged run.
         if self.progress.skipped_in_a_row >= 3 and not self.scaler.is_enabled():
             raise RunError(
-                f"the loss or its gradient was not finite in steps {number - 1} to {number + 1}; the weights are untouched",
-                hint="lower `train.learning_rate`; the last checkpoint is from before these steps",
+                f"the loss or its gradient was not finite in steps {number - 1} to {number + 1}; the weights are whole",
+                hint="lower `train.learning_rate`; nothing of these steps reached the adapter",
             )
         return result
 
@@ -239,8 +239,16 @@ class Trainer:
 
 
 def train(
-    base: Base, adapter_config: AdapterConfig, config: TrainConfig, *, dataset: Path, out: Path, seed: int, key: str,
-    report: Report, say: Callable[[str], None],
+    base: Base,
+    adapter_config: AdapterConfig,
+    config: TrainConfig,
+    *,
+    dataset: Path,
+    out: Path,
+    seed: int,
+    key: str,
+    report: Report,
+    say: Callable[[str], None],
 ) -> dict[str, Any]:
     """Trains an adapter for `base` on the data set's train split into `out` and returns the manifest.
 
@@ -264,7 +272,7 @@ def train(
     total = sum(p.numel() for p in base.model.parameters())
     share = 100 * adapter.num_parameters / total
     say(f"trainable params: {adapter.num_parameters:,} || all params: {total:,} || trainable%: {share:.4f}")
-    plan = make_plan(config, len(splits["train"]), base.model.config.get_text_config().hidden_size, base.device)
+    plan = make_plan(config, len(splits["train"]), base.config.hidden_size, base.device)
     val_batches = pack_batches(splits["val"], plan.micro_batch_tokens, max(1, len(splits["val"])))
     work = work_folder(out, key)
     trainer = Trainer(
@@ -275,7 +283,9 @@ def train(
         say(f"resuming after step {trainer.progress.step} of {plan.total_steps}")
     with (
         StopRequest() as stop,
-        Metrics(work / "metrics.jsonl", trainer.progress.metrics_bytes, list(config.report_to), out.parent.name) as metrics,
+        Metrics(
+            work / "metrics.jsonl", trainer.progress.metrics_bytes, list(config.report_to), out.parent.name
+        ) as metrics,
     ):
         trainer.loop(report, metrics, stop)
     if stop.signal_number is not None:
@@ -285,23 +295,35 @@ def train(
     base_name = base.name if "/" in base.name and not Path(base.name).exists() else str(base.path)
     save_adapter(work, adapter, trainer.best, base=base_name, revision=base.revision)
     write_atomic(work / "chat_template.jinja", renderer.template.encode())
-    progress = trainer.progress
     return complete(
         work, out, kind="adapter", key=key, started=started,
         parents={"dataset": parent["digest"], "base": base.digest},
         config={"adapter": adapter_config.model_dump(), "train": config.model_dump()},
         details={
-            "seed": seed,
-            "base": {"name": base.name, "revision": base.revision, "digest": base.digest, "path": str(base.path)},
-            "precision": str(base.dtype).removeprefix("torch."), "device": base.device.type,
-            "trainable_parameters": adapter.num_parameters, "total_parameters": total,
-            "steps": progress.step, "best_step": progress.best_step, "val_loss": progress.best_val_loss,
-            "peak_learning_rate": plan.peak_learning_rate, "num_train_records": len(splits["train"]),
-            "num_train_tokens": progress.num_tokens, "num_loss_tokens": progress.num_loss_tokens,
-            "num_skipped_steps": progress.num_skipped, "train_seconds": round(progress.seconds, 3),
-            "labels": {split: report.as_dict() for split, report in labels.items()},
+            **_facts(trainer), "total_parameters": total, "labels": {s: counted.as_dict() for s, counted in labels.items()},
         },
     )  # fmt: skip
+
+
+def _facts(trainer: Trainer) -> dict[str, Any]:
+    """What the manifest says of a finished training."""
+    base, progress = trainer.base, trainer.progress
+    return {
+        "seed": trainer.seed,
+        "base": {"name": base.name, "revision": base.revision, "digest": base.digest, "path": str(base.path)},
+        "precision": str(base.dtype).removeprefix("torch."),
+        "device": base.device.type,
+        "trainable_parameters": trainer.adapter.num_parameters,
+        "steps": progress.step,
+        "best_step": progress.best_step,
+        "val_loss": progress.best_val_loss,
+        "peak_learning_rate": trainer.plan.peak_learning_rate,
+        "num_train_records": trainer.plan.num_records,
+        "num_train_tokens": progress.num_tokens,
+        "num_loss_tokens": progress.num_loss_tokens,
+        "num_skipped_steps": progress.num_skipped,
+        "train_seconds": round(progress.seconds, 3),
+    }
 
 
 def _tell_left_out(labels: dict[str, LabelReport], say: Callable[[str], None]) -> None:
@@ -309,4 +331,4 @@ def _tell_left_out(labels: dict[str, LabelReport], say: Callable[[str], None]) -
         if report.cut_prompts:
             say(f"{split}: the prompts of {len(report.cut_prompts)} records were cut to fit train.max_seq_len")
         if report.left_out:
-            say(f"{split}: {len(report.left_out)} records were left out; adapter/manifest.json names each with its reason")
+            say(f"{split}: {len(report.left_out)} records were left out; adapter/manifest.json says which and why")

@@ -156,3 +156,18 @@ def test_choice_of_items_depends_on_the_seed_not_on_the_order() -> None:
     assert chosen == choose_items(items[::-1], max_items=10, seed=1)
     assert chosen != choose_items(items, max_items=10, seed=2)
     assert choose_items(chosen, max_items=None, seed=1) == chosen
+
+
+def test_records_that_cannot_be_asked_are_left_out_and_counted(make_run: Make, specialist: Specialist) -> None:
+    made = [*classified(30, "train", LABELS), *classified(40, "test", LABELS)]
+    too_long, control = made[-1], made[-2]
+    too_long["messages"] = [{"role": "user", "content": "word " * 600}, too_long["messages"][-1]]
+    spelled = f"x {specialist.base.tokenizer.eos_token} y"
+    control["messages"] = [{"role": "user", "content": spelled}, control["messages"][-1]]
+    run = make_run(made)
+    judge(run, specialist)
+    evidence = read(run)
+    assert evidence["n"] == 38
+    assert set(evidence["left_out"]) == {too_long["record_id"], control["record_id"]}
+    assert any(limit.startswith("2 test records could not be asked") for limit in evidence["limits"])
+    assert spelled not in str(evidence)

@@ -1,16 +1,16 @@
-"""Tries to break the labels: a prompt token trained, an answer token or the stop token not, a template that plays tricks."""
+"""Tries to break the labels: a prompt token trained, an answer or stop token not, a template that plays tricks."""
 
 from __future__ import annotations
 
 from typing import Any
 
 import pytest
-from tests.model.tiny import Format, tiny_tokenizer
 
 from metier.errors import LabelError
 from metier.model.chat import IGNORE_INDEX, Rendered, Renderer
 from metier.recipe import TrainConfig
 from metier.training.labels import check_labels, render_records
+from tests.model.tiny import Format, tiny_tokenizer
 
 EXCHANGE = [{"role": "user", "content": "What is 流感?"}, {"role": "assistant", "content": "Respiratory"}]
 SYSTEM = [{"role": "system", "content": "Code it."}, *EXCHANGE]

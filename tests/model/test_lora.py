@@ -9,12 +9,12 @@ from typing import Any
 import peft
 import pytest
 import torch
-from tests.model.tiny import KINDS, Kind, tiny_model
 
 from metier.errors import ModelError
 from metier.kernels.reference import cross_entropy_sum, lora_linear
 from metier.model.lora import Adapter, attach, load_adapter, read_adapter_config, save_adapter, scaling_of, target_names
 from metier.recipe import AdapterConfig
+from tests.model.tiny import KINDS, Kind, tiny_model
 
 
 def randomised(adapter: Adapter, seed: int = 1) -> Adapter:

@@ -8,7 +8,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from tests.model.tiny import save_tiny
 
 from metier.errors import LabelError, ModelError
 from metier.model.load import load_base
@@ -16,6 +15,7 @@ from metier.model.lora import attach
 from metier.model.score import Trie
 from metier.model.specialist import Specialist, load
 from metier.recipe import AdapterConfig
+from tests.model.tiny import save_tiny
 
 PROMPTS = [
     "What is 流感?",

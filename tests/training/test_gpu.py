@@ -8,8 +8,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from tests.model.tiny import KINDS, Kind, save_tiny, tiny_model
-from tests.training.test_pack import random_records
 
 from metier.model.load import load_base
 from metier.model.lora import attach
@@ -17,6 +15,8 @@ from metier.model.specialist import Specialist
 from metier.recipe import AdapterConfig
 from metier.training.pack import collate, pack_batches
 from metier.training.step import loss_sum, train_step
+from tests.model.tiny import KINDS, Kind, save_tiny, tiny_model
+from tests.training.test_pack import random_records
 
 pytestmark = pytest.mark.gpu
 CUDA = torch.device("cuda")
@@ -44,7 +44,9 @@ def test_loss_and_adapter_gradients_equal_the_cpu_s(kind: Kind) -> None:
                 layer.lora_b += 0.05
         loss = loss_sum(model, collate(random_records(5, model.config.vocab_size)).to(device))
         loss.backward()
-        results.append((float(loss.detach()), {n: p.grad.cpu() for n, p in adapter.parameters.items() if p.grad is not None}))
+        results.append(
+            (float(loss.detach()), {n: p.grad.cpu() for n, p in adapter.parameters.items() if p.grad is not None})
+        )
     assert results[1][0] == pytest.approx(results[0][0], rel=1e-5)
     for name, want in results[0][1].items():
         assert (results[1][1][name] - want).norm() <= 1e-3 * want.norm(), name

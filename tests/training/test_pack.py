@@ -6,11 +6,11 @@ import random
 
 import pytest
 import torch
-from tests.model.tiny import KINDS, Kind, tiny_config, tiny_model, tiny_tokenizer
 
 from metier.model.chat import IGNORE_INDEX, Rendered
 from metier.training.pack import collate, pack, pack_batches
 from metier.training.step import loss_sum
+from tests.model.tiny import KINDS, Kind, tiny_config, tiny_model, tiny_tokenizer
 
 
 def random_records(count: int, vocab: int, seed: int = 0) -> list[Rendered]:

@@ -6,8 +6,6 @@ import math
 
 import pytest
 import torch
-from tests.model.tiny import tiny_model
-from tests.training.test_pack import random_records
 
 from metier.model.lora import Adapter, attach
 from metier.recipe import AdapterConfig, TrainConfig
@@ -15,6 +13,8 @@ from metier.training.pack import pack_batches
 from metier.training.schedule import learning_rate_at, peak_learning_rate
 from metier.training.step import StepResult, mean_loss, train_step
 from metier.training.train import make_plan, records_of_step
+from tests.model.tiny import tiny_model
+from tests.training.test_pack import random_records
 
 
 def one_step(max_tokens: int, max_records: int, *, lr: float = 1e-2, steps: int = 1) -> tuple[Adapter, StepResult]:
