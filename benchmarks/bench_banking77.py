@@ -194,7 +194,7 @@ def write_results(found: dict[str, Any], best: str, evidence: dict[str, Any], wo
         f"`python benchmarks/bench_banking77.py data/banking77 --work {work}` on one {torch.cuda.get_device_name()}, "
         f"torch {torch.__version__}, {time.strftime('%Y-%m-%d')}; one seed.",
         "Data: Casanueva et al., 2020 (PolyAI), CC BY 4.0.",
-        "", "Chosen on validation (labels by log-likelihood). Candidates ran side by side: times are not comparable.", "",
+        "", "Chosen on validation (labels by log-likelihood). They ran side by side: times are not comparable.", "",
         "| candidate | validation accuracy | steps (best) |", "|---|---:|---:|",
     ]  # fmt: skip
     for name in CANDIDATES:

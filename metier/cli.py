@@ -187,7 +187,7 @@ def generate(
 
     The prompt is what the user says; a recipe's template is not applied to it.
 
-    Example: metier generate runs/demo --prompt "Condition: Acute bronchitis"
+    Example: metier generate runs/demo --prompt "Acute bronchitis"
     """
     from metier.model.specialist import load
 

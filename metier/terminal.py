@@ -28,7 +28,7 @@ class Terminal:
         self._first = 0
 
     def say(self, text: str) -> None:
-        self.console.print(Text(text))
+        self.console.print(Text(text), soft_wrap=True)
 
     def progress(self, what: str, done: int, total: int, **numbers: float) -> None:
         if what != self._what:

@@ -300,7 +300,8 @@ def train(
         parents={"dataset": parent["digest"], "base": base.digest},
         config={"adapter": adapter_config.model_dump(), "train": config.model_dump()},
         details={
-            **_facts(trainer), "total_parameters": total, "labels": {s: counted.as_dict() for s, counted in labels.items()},
+            **_facts(trainer), "total_parameters": total,
+            "labels": {split: counted.as_dict() for split, counted in labels.items()},
         },
     )  # fmt: skip
 
