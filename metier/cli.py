@@ -187,7 +187,7 @@ def generate(
 
     The prompt is what the user says; a recipe's template is not applied to it.
 
-    Example: metier generate runs/demo --prompt "Acute bronchitis"
+    Example: metier generate runs/icd10cm --system "ICD-10 chapter" --prompt "Acute bronchitis"
     """
     from metier.model.specialist import load
 
@@ -219,7 +219,7 @@ def chat(
 ) -> None:
     """Talk to the adapter, or with --base to the base model. An empty line or Ctrl-D ends it; /new starts afresh.
 
-    Example: metier chat runs/demo
+    Example: metier chat runs/icd10cm
     """
     from metier.model.specialist import load
     from metier.terminal import AnswerPrinter
