@@ -12,14 +12,13 @@ import shutil
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from metier import artifacts
 from metier.data.card import data_card
 from metier.data.lines import Source
-from metier.data.records import Message, Record, Rejected, Rejection, build_record
+from metier.data.records import Record, Rejected, Rejection, build_record
 from metier.data.roles import Roles, find_roles
 from metier.data.sources import find_sources, read_columns, read_rows
 from metier.data.split import split_groups
@@ -31,17 +30,6 @@ MAX_LABELS = 256
 MAX_LABEL_CHARS = 100
 MIN_RECORDS_PER_LABEL = 5
 MIN_RECORDS_OF_ONE_CLASS = 20
-
-
-@dataclass(frozen=True)
-class Preview:
-    """What the first rows look like: nothing is written and only as much is read as is shown."""
-
-    sources: list[dict[str, str]]  # file and format
-    roles: dict[str, str]
-    conversations: list[list[Message]]
-    rows: int
-    rejected: list[dict[str, Any]]  # rows of rejected.parquet
 
 
 def dataset_key(config: DataConfig, seed: int) -> str:
@@ -96,28 +84,6 @@ def prepare(config: DataConfig, *, seed: int, out: Path, progress: Callable[[str
     except RunError:
         shutil.rmtree(work, ignore_errors=True)  # half a data set is of no use: it is made anew
         raise
-
-
-def preview(config: DataConfig, *, limit: int) -> Preview:
-    """The roles that were found and the first `limit` conversations. Raises `DataError`."""
-    sources = find_sources(config)
-    roles = _roles(config, {source: read_columns(source, limit=1000) for source in sources})
-    conversations: list[list[Message]] = []
-    rejected: list[Rejection] = []
-    for item in (item for source in sources for item in _read(source, roles[source])):
-        if isinstance(item, Rejection):
-            rejected.append(item)
-        else:
-            conversations.append(item.messages)
-        if len(conversations) == limit:
-            break
-    return Preview(
-        sources=[{"file": source.name, "format": source.format} for source in sources],
-        roles=_describe(roles),
-        conversations=conversations,
-        rows=len(conversations) + len(rejected),
-        rejected=rejected_table(rejected).to_dicts(),
-    )
 
 
 def _key(config: DataConfig, seed: int, digests: dict[str, str]) -> str:

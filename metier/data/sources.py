@@ -42,8 +42,8 @@ def find_sources(config: DataConfig) -> list[Source]:
     ]
 
 
-def read_columns(source: Source, *, limit: int | None = None) -> list[str]:
-    """The file's columns; for JSON the keys of all its objects (of the first `limit` rows), as they first appear."""
+def read_columns(source: Source) -> list[str]:
+    """The file's columns; for JSON the keys of all its objects, as they first appear."""
     if source.format in ("csv", "tsv"):
         return csv_layout(source)[1]
     if source.format == "parquet":
@@ -54,8 +54,6 @@ def read_columns(source: Source, *, limit: int | None = None) -> list[str]:
         columns.update(dict.fromkeys(row.fields))
         if row.problem and not first_problem:
             first_problem = f"{row.place or f'row {row.number}'}: {row.problem}"
-        if limit and row.number >= limit:
-            break
     if not columns:
         raise DataError(f"`{source.path}`: no row could be read; {first_problem or 'its objects are empty'}")
     if broken := [name for name in columns if name.encode(errors="replace").decode() != name]:

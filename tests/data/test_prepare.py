@@ -11,7 +11,7 @@ import polars
 import pytest
 
 from metier import artifacts
-from metier.data.prepare import dataset_key, prepare, preview
+from metier.data.prepare import dataset_key, prepare
 from metier.errors import DataError
 from metier.recipe import DataConfig
 
@@ -253,18 +253,6 @@ def test_the_card_reconciles_with_the_manifest(tmp_path: Path) -> None:
     assert "| answer is empty | 2 |" in card and "| 1 field, expected 2 | 1 |" in card
     assert "| a\\|b.csv | csv | 43 | 40 | 3 |" in card and "| prompt | Classify: {text} |" in card
     assert "named in the recipe" in card and "text 1" not in card
-
-
-def test_preview_shows_roles_conversations_and_rejected_rows_without_writing(tmp_path: Path) -> None:
-    source = write_csv(tmp_path / "a.csv", [("x", ""), *labelled(20)])
-    shown = preview(DataConfig(sources=[source]), limit=3)
-    assert shown.roles["prompt"] == "text" and shown.sources == [{"file": "a.csv", "format": "csv"}]
-    assert [chat[0]["content"] for chat in shown.conversations] == ["text 0", "text 1", "text 2"]
-    assert shown.rows == 4
-    assert shown.rejected == [
-        {"source_file": "a.csv", "source_row": 1, "byte_offset": 11, "reason": "line 2: answer is empty"}
-    ]
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["a.csv"]
 
 
 def test_a_ten_megabyte_record_and_right_to_left_text_come_through(tmp_path: Path) -> None:
