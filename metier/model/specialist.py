@@ -90,7 +90,9 @@ class Specialist:
                 self.base, ids, params, stop_token_ids=stop, batch_size=batch_size, streamer=streamer
             )
             for finished, (index, new) in enumerate(results, 1):
-                completions[index] = Completion(self.renderer.decode(new), len(new), bool(new) and new[-1] in stop)
+                stopped = bool(new) and new[-1] in stop
+                text = self.renderer.decode(new[:-1] if stopped else new)
+                completions[index] = Completion(text, len(new), stopped)
                 done(finished)
         return completions
 
