@@ -5,6 +5,7 @@
       DataError        a source file, a column, a record
       ModelError       the base model, the tokenizer, an adapter
       LabelError       prompts and answers do not become the labels that training needs
+        ControlTokenError  a message spells one of the model's control tokens
       RunError         the output folder, a checkpoint, the disk
     Interrupted        SIGTERM or Ctrl-C: the work so far is saved
 
@@ -43,6 +44,10 @@ class ModelError(MetierError):
 
 class LabelError(MetierError):
     """What would be trained is not the answers and their end-of-turn tokens."""
+
+
+class ControlTokenError(LabelError):
+    """A message spells a control token of the model: this record alone cannot be used."""
 
 
 class RunError(MetierError):

@@ -18,7 +18,7 @@ from typing import Any
 
 import jinja2
 
-from metier.errors import LabelError
+from metier.errors import ControlTokenError, LabelError
 
 IGNORE_INDEX = -100
 Message = dict[str, str]
@@ -210,4 +210,4 @@ class Renderer:
         for message in messages:
             for token in self._control.values():
                 if token in message["content"]:
-                    raise LabelError(f"a {message['role']} message spells the model's control token {token!r}")
+                    raise ControlTokenError(f"a {message['role']} message spells the model's control token {token!r}")

@@ -160,6 +160,11 @@ def convert_gguf(gguf: Path, folder: Path) -> None:
         tokenizer.save_pretrained(folder)
 
 
+def tokens_per_pass(device: torch.device) -> int:
+    """How many tokens one forward pass takes at most when nothing else is asked for."""
+    return 1024 if device.type == "cpu" else 8192
+
+
 def resolve_device(name: Device) -> torch.device:
     """`auto` is the GPU when there is one. Raises `ModelError` when `cuda` is asked for and there is none."""
     if name == "cpu" or (name == "auto" and not torch.cuda.is_available()):

@@ -17,7 +17,7 @@ from metier.artifacts import read_manifest
 from metier.errors import LabelError, ModelError
 from metier.model.chat import IGNORE_INDEX, Message, Renderer, eos_token_ids
 from metier.model.generate import SamplingParams, generate_ids
-from metier.model.load import Base, Device, Precision, load_base, resolve_device, resolve_precision
+from metier.model.load import Base, Device, Precision, load_base, resolve_device, resolve_precision, tokens_per_pass
 from metier.model.lora import Adapter, load_adapter, read_adapter_config
 from metier.model.score import answer_log_probs, choice_log_probs
 
@@ -54,7 +54,7 @@ class Specialist:
         self.adapter = adapter
         self.renderer = Renderer(base.tokenizer, eos_token_ids(base.path))
         self.context: int | None = getattr(base.config, "max_position_embeddings", None)
-        self.max_tokens = max_tokens or (1024 if base.device.type == "cpu" else 8192)
+        self.max_tokens = max_tokens or tokens_per_pass(base.device)
         base.model.eval()
 
     def generate(self, prompts: Sequence[Prompt], **options: Any) -> list[str]:

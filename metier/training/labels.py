@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from metier.errors import LabelError
+from metier.errors import ControlTokenError, LabelError
 from metier.model.chat import IGNORE_INDEX, Message, Rendered, Renderer
 from metier.recipe import TrainConfig
 
@@ -42,9 +42,7 @@ def render_records(
     for record_id, messages in zip(record_ids, conversations, strict=True):
         try:
             one = renderer.conversation(messages, config.train_on)
-        except LabelError as error:
-            if "control token" not in error.message:
-                raise
+        except ControlTokenError as error:
             report.left_out[record_id] = error.message
             continue
         if one.num_tokens > config.max_seq_len:

@@ -22,7 +22,7 @@ import torch
 from metier.artifacts import complete, read_manifest, work_folder, write_atomic
 from metier.errors import DataError, Interrupted, RunError
 from metier.model.chat import Message, Rendered, Renderer, eos_token_ids
-from metier.model.load import Base
+from metier.model.load import Base, tokens_per_pass
 from metier.model.lora import Adapter, attach, save_adapter
 from metier.recipe import AdapterConfig, TrainConfig
 from metier.training.checkpoint import Progress, load_checkpoint, save_checkpoint
@@ -62,7 +62,7 @@ def make_plan(config: TrainConfig, num_records: int, hidden_size: int, device: t
     if config.max_steps is not None and config.max_steps < total_steps:
         total_steps = config.max_steps
         total_records = total_steps * per_step
-    auto_tokens = 1024 if device.type == "cpu" else 8192
+    budget = config.micro_batch_tokens
     return Plan(
         num_records=num_records,
         records_per_step=per_step,
@@ -70,7 +70,9 @@ def make_plan(config: TrainConfig, num_records: int, hidden_size: int, device: t
         total_records=total_records,
         warmup_steps=round(config.warmup_ratio * total_steps),
         peak_learning_rate=peak_learning_rate(config, hidden_size),
-        micro_batch_tokens=auto_tokens if config.micro_batch_tokens == "auto" else config.micro_batch_tokens,
+        micro_batch_tokens=tokens_per_pass(device)
+        if config.micro_batch_tokens == "auto"
+        else config.micro_batch_tokens,
         eval_every=config.eval_every or max(1, math.ceil(total_steps / 10)),
     )
 
