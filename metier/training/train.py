@@ -70,9 +70,7 @@ def make_plan(config: TrainConfig, num_records: int, hidden_size: int, device: t
         total_records=total_records,
         warmup_steps=round(config.warmup_ratio * total_steps),
         peak_learning_rate=peak_learning_rate(config, hidden_size),
-        micro_batch_tokens=tokens_per_pass(device)
-        if config.micro_batch_tokens == "auto"
-        else config.micro_batch_tokens,
+        micro_batch_tokens=tokens_per_pass(device) if budget == "auto" else budget,
         eval_every=config.eval_every or max(1, math.ceil(total_steps / 10)),
     )
 
