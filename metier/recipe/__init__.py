@@ -1,0 +1,27 @@
+"""The Recipe: one YAML file that says what goes in, how it is trained and how it is judged.
+
+Every field is documented here once; `docs/recipe.md` is generated from it. Unknown keys and wrong
+values are refused with the line they stand on. `--set a.b=c` overrides one value, and the recipe as
+resolved is stored with the run.
+"""
+
+from __future__ import annotations
+
+from metier.recipe.data import DataConfig
+from metier.recipe.evaluate import EvaluateConfig
+from metier.recipe.read import load_recipe, parse_recipe
+from metier.recipe.recipe import CLASSIC, Recipe
+from metier.recipe.section import Section
+from metier.recipe.train import AdapterConfig, TrainConfig
+
+__all__ = [
+    "CLASSIC",
+    "AdapterConfig",
+    "DataConfig",
+    "EvaluateConfig",
+    "Recipe",
+    "Section",
+    "TrainConfig",
+    "load_recipe",
+    "parse_recipe",
+]
