@@ -10,6 +10,7 @@ In: messages and the tokenizer's special tokens. Out: the text. Limits: the memo
 
 from __future__ import annotations
 
+import contextlib
 import json
 import subprocess
 import sys
@@ -108,6 +109,11 @@ class TemplateProcess:
     def _end(self, child: subprocess.Popen[str]) -> None:
         child.kill()
         child.wait()
+        for pipe in (child.stdin, child.stdout):
+            assert pipe
+            # What was not written any more is of no use to anybody.
+            with contextlib.suppress(BrokenPipeError):
+                pipe.close()
 
 
 def _serve(orders: IO[str], answers: IO[str], memory_bytes: int) -> None:

@@ -30,6 +30,7 @@ from metier.serving.service import Limits, Service
 # A connection that has sent no whole request head by then is closed.
 HEAD_SECONDS = 15.0
 MAX_CONNECTIONS = 512
+BACKLOG = 128
 KEY_VARIABLE = "METIER_API_KEY"
 
 
@@ -62,9 +63,11 @@ class Server:
         config = uvicorn.Config(
             door, host=settings.host, port=settings.port, http=_PatientProtocol, ws="none", lifespan="off",
             log_config=None, access_log=False, server_header=False, date_header=False, proxy_headers=False,
-            limit_concurrency=MAX_CONNECTIONS, backlog=128, timeout_keep_alive=10,
+            limit_concurrency=MAX_CONNECTIONS, backlog=BACKLOG, timeout_keep_alive=10,
             timeout_graceful_shutdown=int(settings.drain_seconds),
         )  # fmt: skip
+        # Its own access log quotes paths and queries; the door's does not.
+        logging.getLogger("uvicorn").setLevel(logging.WARNING)
         self._uvicorn = uvicorn.Server(config)
         self._socket: socket.socket | None = None
         self._thread = threading.Thread(target=self._run, name="http", daemon=True)
@@ -105,7 +108,6 @@ class Server:
 def run_server(models: Models, settings: ServerSettings, *, say: Callable[[str], None]) -> None:
     """Serves until SIGTERM or Ctrl-C. Raises `RunError` when it cannot listen or the engine stays down."""
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s %(message)s")
-    logging.getLogger("uvicorn").setLevel(logging.WARNING)
     server = Server(models, settings).start()
 
     def stop(number: int, frame: FrameType | None) -> None:
@@ -161,6 +163,8 @@ def _listen(host: str, port: int) -> socket.socket:
     listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:
         listener.bind((host, port))
+        # From here on a client waits instead of being turned away, though uvicorn is still starting.
+        listener.listen(BACKLOG)
     except OSError as error:
         listener.close()
         raise RunError(
