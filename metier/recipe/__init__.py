@@ -8,6 +8,7 @@ resolved is stored with the run.
 from __future__ import annotations
 
 from metier.recipe.data import DataConfig
+from metier.recipe.dedup import DedupConfig
 from metier.recipe.evaluate import EvaluateConfig
 from metier.recipe.read import load_recipe, parse_recipe
 from metier.recipe.recipe import CLASSIC, Recipe
@@ -18,6 +19,7 @@ __all__ = [
     "CLASSIC",
     "AdapterConfig",
     "DataConfig",
+    "DedupConfig",
     "EvaluateConfig",
     "Recipe",
     "Section",

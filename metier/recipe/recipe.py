@@ -8,6 +8,7 @@ import yaml
 from pydantic import Field, model_validator
 
 from metier.recipe.data import DataConfig
+from metier.recipe.dedup import DedupConfig
 from metier.recipe.evaluate import EvaluateConfig
 from metier.recipe.section import Section
 from metier.recipe.train import AdapterConfig, TrainConfig
@@ -29,6 +30,7 @@ class Recipe(Section):
         default=0, ge=0, lt=2**31, description="Of the split, the adapter's start, the data's order and dropout."
     )
     data: DataConfig
+    dedup: DedupConfig = DedupConfig()
     adapter: AdapterConfig = AdapterConfig()
     train: TrainConfig = TrainConfig()
     evaluate: EvaluateConfig = EvaluateConfig()
