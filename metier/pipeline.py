@@ -88,7 +88,7 @@ def _run_folder(recipe: Recipe, ui: Ui | None) -> Iterator[tuple[Path, Ui]]:
 def _prepare(recipe: Recipe, out: Path, ui: Ui) -> None:
     from metier.data.prepare import dataset_key, prepare
 
-    key = dataset_key(recipe)
+    key = dataset_key(recipe, out / "dataset")
     if is_current(out / "dataset", key):
         ui.say("dataset: up to date")
         return

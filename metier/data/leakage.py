@@ -20,52 +20,49 @@ from typing import Any
 
 import numpy as np
 
-from metier.data.dedup import Pair, compared_texts
+from metier.data.dedup import Pair, compared_texts, find_pairs
 from metier.data.lines import Source
-from metier.data.records import Record, Rejection
+from metier.data.records import Record
 from metier.data.shingles import Hashes, Template, batches, normalise, window_hashes
-from metier.data.sources import find_sources, read_rows
-from metier.recipe import DataConfig
+from metier.data.sources import read_rows
 
 PASSAGE_HAN, PASSAGE_OTHER = 13, 50
 RANK = {"train": 0, "val": 1, "test": 2}
 _SLOTS = 2**24
 
 
-def test_leaks(records: list[Record], pairs: list[Pair]) -> list[Rejection]:
-    """What would train on a test file's prompt, group or near-duplicate."""
+def test_leaks(records: list[Record], pairs: list[Pair]) -> dict[str, list[Record]]:
+    """What would train on a test file's prompt, group or near-duplicate, by reason."""
     prompts = {record.prompt for record in records if record.source.is_test}
     groups = {record.group_id for record in records if record.source.is_test and record.group_id is not None}
     is_test = [record.source.is_test for record in records]
     near = {a if is_test[b] else b for a, b, _ in pairs if is_test[a] != is_test[b]}
-    leaking: list[Rejection] = []
+    found: dict[str, list[Record]] = {}
     for position, record in enumerate(records):
         if record.source.is_test:
             continue
         if record.prompt in prompts:
-            leaking.append(_reject(record, "same prompt as a test record"))
+            found.setdefault("same prompt as a test record", []).append(record)
         elif record.group_id in groups:
-            leaking.append(_reject(record, "same group_id as a test record"))
+            found.setdefault("same group_id as a test record", []).append(record)
         elif position in near:
-            leaking.append(_reject(record, "near-duplicate of a test record"))
-    return leaking
+            found.setdefault("near-duplicate of a test record", []).append(record)
+    return found
 
 
-def benchmark_leaks(records: list[Record], files: list[str]) -> tuple[list[Rejection], dict[str, dict[str, Any]]]:
-    """(rejections, {file: its texts, their digest, records rejected}) for the benchmarks that the recipe names."""
-    rejected: dict[int, Rejection] = {}
-    told: dict[str, dict[str, Any]] = {}
+def benchmark_leaks(records: list[Record], benchmarks: list[Source]) -> dict[str, list[Record]]:
+    """The records that hold a passage of a benchmark, or are one of its texts, by the benchmark's name."""
     texts = ["\n".join(turn["content"] for turn in record.messages) for record in records]
-    for source in find_sources(DataConfig(sources=files)) if files else []:
+    found: dict[str, list[Record]] = {}
+    taken: set[int] = set()
+    for source in benchmarks:
         items = _texts_of(source)
-        passages = Passages(items)
         whole = {normalise([item]).text(0).tobytes() for item in items}
-        hits = set(np.flatnonzero(passages.shared(texts)).tolist())
+        hits = set(np.flatnonzero(Passages(items).shared(texts)).tolist())
         hits |= {i for i, record in enumerate(records) if normalise([record.prompt]).text(0).tobytes() in whole}
-        for position in sorted(hits):
-            rejected.setdefault(position, _reject(records[position], f"shares a passage with {source.name}"))
-        told[source.name] = {"texts": len(items), "records_rejected": len(hits)}
-    return [rejected[position] for position in sorted(rejected)], told
+        found[source.name] = [records[position] for position in sorted(hits - taken)]
+        taken |= hits
+    return found
 
 
 class Passages:
@@ -87,6 +84,20 @@ class Passages:
             hits = hits[np.isin(hashes[hits], self._hashes)]
             holds[first + np.unique(text[hits])] = True
         return holds
+
+
+def late_leaks(records: list[Record], splits: Sequence[str], *, task: str, threshold: float, seed: int) -> list[int]:
+    """Positions of records that are like one further on (train, val, test), found by a search with other hashes.
+
+    Among them are synthetic records that became like a held-out one, and what was made of a record that goes.
+    """
+    once = [i for i, record in enumerate(records) if record.method != "repeat"]
+    pairs = find_pairs([records[i] for i in once], task, threshold, seed=seed + 1)
+    gone = {once[i] for i in crossing([splits[i] for i in once], pairs)}
+    held = {(record.prompt, record.answer) for record, split in zip(records, splits, strict=True) if split != "train"}
+    gone |= {i for i, record in enumerate(records) if record.parent and (record.prompt, record.answer) in held}
+    parents = {id(records[i]) for i in gone}
+    return sorted(gone | {i for i, record in enumerate(records) if id(record.parent) in parents})
 
 
 def crossing(splits: Sequence[str], pairs: Iterable[Pair]) -> set[int]:
@@ -139,10 +150,6 @@ def shared_passages(records: list[Record], splits: Sequence[str], task: str) -> 
         text for text, is_shared in zip(train, Passages(test, template).shared(train), strict=True) if is_shared
     ]
     return int(Passages(candidates, template).shared(test).sum()) if candidates else 0
-
-
-def _reject(record: Record, why: str) -> Rejection:
-    return Rejection(record.source, record.row, why)
 
 
 def _keys(record: Record) -> list[tuple[str, str]]:

@@ -7,6 +7,8 @@ resolved is stored with the run.
 
 from __future__ import annotations
 
+from metier.recipe.augment import AugmentConfig
+from metier.recipe.balance import BalanceConfig
 from metier.recipe.data import DataConfig
 from metier.recipe.dedup import DedupConfig
 from metier.recipe.evaluate import EvaluateConfig
@@ -18,6 +20,8 @@ from metier.recipe.train import AdapterConfig, TrainConfig
 __all__ = [
     "CLASSIC",
     "AdapterConfig",
+    "AugmentConfig",
+    "BalanceConfig",
     "DataConfig",
     "DedupConfig",
     "EvaluateConfig",
