@@ -26,6 +26,7 @@ from metier.recipe import AugmentConfig
 
 TYPO_SHARE = 0.02
 _CHOICE = re.compile(r"^[ \t]*[(（]?([A-H])[)）]?[ \t]*[.．:：、)）][ \t]*(.+?)[ \t]*$", re.M)
+_ORDERED = re.compile(r"above|below|以上|上述|both|[A-H] (?:and|or) [A-H]|[A-H][和与或][A-H]")
 _ANSWER = re.compile(r"^[(（]?([A-H])[)）]?(?=$|[\s.．:：、,，)）])")
 _WORD = re.compile(r"(?<![^\W_])[a-z]{6,}(?![^\W_])")
 _NEGATIONS = frozenset(["without", "cannot", "neither", "nothing", "unless", "except"])
@@ -78,16 +79,14 @@ def _variant(
 
 
 def shuffle_options(prompt: str, answer: str, rng: random.Random) -> tuple[str, str] | None:
-    """The choices, one a line, in another order, and the answer with its letter following; None where there are none."""
+    """The choices, one a line, in another order, and the answer with its letter following; None without choices."""
     choices = list(_CHOICE.finditer(prompt))
     letters = [choice[1] for choice in choices]
     picked = _ANSWER.match(answer)
     if len(choices) < 2 or letters != [chr(65 + i) for i in range(len(choices))] or not picked:
         return None
     # "All of the above" and "A and C" depend on the order.
-    if picked[1] not in letters or re.search(
-        r"above|below|以上|上述|both|[A-H] (and|or) [A-H]|[A-H][和与或][A-H]", prompt
-    ):
+    if picked[1] not in letters or _ORDERED.search(prompt):
         return None
     order = rng.sample(range(len(choices)), len(choices))
     text = prompt
@@ -134,7 +133,7 @@ def convert_unit(prompt: str, answer: str, units: list[Unit], rng: random.Random
 
 
 def add_typos(prompt: str, terms: re.Pattern[str] | None, rng: random.Random) -> str | None:
-    """The prompt with neighbouring letters exchanged, never in terms or negations; None where no word is long enough."""
+    """The prompt with neighbouring letters exchanged, never in terms or negations; None without a long word."""
     kept = [match.span() for match in terms.finditer(prompt)] if terms else []
     words = [
         match.start()

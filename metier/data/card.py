@@ -27,7 +27,8 @@ def data_card(details: dict[str, Any]) -> str:
     english = f"""{_front_matter(details)}
 # Data set
 
-{counts["rows"]} source rows: {counts["kept"]} kept as records, {counts["merged"]} merged into others, {counts["rejected"]} rejected.
+{counts["rows"]} source rows: {counts["kept"]} kept as records, {counts["merged"]} merged into others, \
+{counts["rejected"]} rejected.
 Task: {details["task"]}{labels}.
 Languages: {languages["zh"]} Chinese, {languages["en"]} English, {languages["other"]} other records.
 
@@ -35,15 +36,15 @@ Languages: {languages["zh"]} Chinese, {languages["en"]} English, {languages["oth
 |---|---:|
 {split_rows}
 No group stands in two splits: a group is all records with the same group_id or the same first prompt, joined with
-their near-duplicates. The order of the groups is that of SHA-256(seed | group), with seed {details["seed"]}; each label has
-its share of every split as far as the groups allow.
+their near-duplicates. The order of the groups is that of SHA-256(seed | group), with seed {details["seed"]};
+each label has its share of every split as far as the groups allow.
 
 ## Leakage
 
 {_leakage(details["leakage"])}
 ## Copies
 
-{counts["merged"]} rows merged into others (`merged.parquet`), {details["near_duplicate_pairs"]} pairs of near-duplicates found,
+{counts["merged"]} rows merged into others (`merged.parquet`), {details["near_duplicate_pairs"]} near-duplicate pairs,
 {details["label_conflicts"]} of them with different labels (`conflicts.parquet`).
 {counts["synthetic"]} synthetic records, all in train, each with the record it was made of{_methods(details)}.
 {_domain(details)}
@@ -83,7 +84,8 @@ def _chinese(details: dict[str, Any]) -> str:
 拒绝的原因见上表,逐行见 `rejected.parquet`。
 训练集 {splits["train"]} 条,验证集 {splits["val"]} 条,测试集 {splits["test"]} 条。
 同一组不会跨越划分:group_id 相同、首个提示相同或近似重复的记录同属一组。
-与训练集重合的验证、测试记录:提示相同 {shared["prompt"]} 条,同组 {shared["group_id"]} 条,近似重复 {shared["near_duplicate"]} 条;
+与训练集重合的验证、测试记录:\
+提示相同 {shared["prompt"]} 条,同组 {shared["group_id"]} 条,近似重复 {shared["near_duplicate"]} 条;
 若按行随机划分,则分别为 {by_row["prompt"]}、{by_row["group_id"]}、{by_row["near_duplicate"]} 条。
 合成记录 {counts["synthetic"]} 条,全部在训练集中,并注明来源记录。
 语言:中文 {languages["zh"]} 条,英文 {languages["en"]} 条,其他 {languages["other"]} 条。
@@ -124,10 +126,10 @@ def _leakage(found: dict[str, Any]) -> str:
 | what | this split | if split row by row |
 |---|---:|---:|
 {rows}
-{searched}Near-duplicates have a Jaccard similarity of {found["threshold"]:g} or more; a last search with other hashes took out \
-{found["found_late"]} records.
-Test records that quote a passage ({found["passage_chars"]["other"]} characters, in Chinese {found["passage_chars"]["zh"]}) \
-of a training record: {found["test_records_with_a_passage_of_train"]}.
+{searched}Near-duplicates have a Jaccard similarity of {found["threshold"]:g} or more;
+a last search with other hashes took out {found["found_late"]} records.
+Test records that quote a training record ({found["passage_chars"]["other"]} characters in a row, in Chinese
+{found["passage_chars"]["zh"]}): {found["test_records_with_a_passage_of_train"]}.
 {benchmarks}"""
 
 

@@ -57,10 +57,10 @@ def forget_rows(accounts: Accounts, forgotten: list[dict[str, Any]], digests: di
     for row in forgotten:
         if digests.get(row["source_file"], row["sha256"]) != row["sha256"]:
             raise DataError(
-                f"`{row['source_file']}` was changed after a person was forgotten in it: row {row['source_row']} may be "
-                "another one now",
-                hint=f"take the person out of the new file, and the file's rows out of {FORGOTTEN}; or put the old file "
-                "back",
+                f"`{row['source_file']}` was changed after a person was forgotten in it: row {row['source_row']} may "
+                "be another one now",
+                hint=f"take the person out of the new file, and the file's rows out of {FORGOTTEN}; or put "
+                "the old file back",
             )
     places = {(row["source_file"], row["source_row"]) for row in forgotten}
     accounts.reject([r for r in accounts.records if (r.source.name, r.row.number) in places], REASON)

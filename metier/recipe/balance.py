@@ -21,12 +21,12 @@ class BalanceConfig(Section):
     )
     limit: Count = Field(
         default=5,
-        description="A record is seen so often at most; after undersampling the most frequent label has at most so many "
-        "times the records of the rarest.",
+        description="A record is seen so often at most; after undersampling the most frequent label has at most so "
+        "many times the records of the rarest.",
     )
     sources: dict[str, Weight] = Field(
         default={},
-        description="File name: how often its records are seen, such as 2 or 0.5; with 0.5 every other one is left out.",
+        description="File name: how often its records are seen: 2 is twice, with 0.5 every other one is left out.",
     )
     general: list[str] = Field(
         default=[],

@@ -33,7 +33,7 @@ class Recipe(Section):
     )
     domain: str | None = Field(
         default=None,
-        description="`finance`, `medicine`, `education`, or a YAML file of your own: wordings, terms, red lines, metrics.",
+        description="`finance`, `medicine`, `education`, or a YAML file of your own: wordings, terms, red lines.",
     )
     data: DataConfig
     dedup: DedupConfig = DedupConfig()
