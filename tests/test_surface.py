@@ -38,6 +38,8 @@ COMMANDS = {
     "inspect": "recipe --records --set",
     "train": "recipe --out --set",
     "evaluate": "recipe --out --set",
+    "trace": "runs --subject",
+    "forget": "run --subject",
     "generate": f"run --base --prompt --system {DECODING}",
     "chat": f"run --base --system {DECODING}",
 }

@@ -21,6 +21,7 @@ import random
 import re
 
 from metier.data.records import Record, language_of
+from metier.data.terms import whole_word
 from metier.domains import Domain, Unit, terms_pattern
 from metier.recipe import AugmentConfig
 
@@ -105,8 +106,8 @@ def swap_term(prompt: str, answer: str, domain: Domain, terms: re.Pattern[str], 
             for names in (term.en, term.zh):
                 known = [name for name in names if name.casefold() == match[0].casefold()]
                 others = [name for name in names if name not in known]
-                is_asked = any(name.casefold() in answer.casefold() for name in (*term.en, *term.zh))
-                if known and others and not is_asked and not any(o.casefold() in prompt.casefold() for o in others):
+                is_asked = any(whole_word(name).search(answer) for name in (*term.en, *term.zh))
+                if known and others and not is_asked and not any(whole_word(name).search(prompt) for name in others):
                     found.append((match, others))
     if not found:
         return None

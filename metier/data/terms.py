@@ -25,7 +25,7 @@ def coverage(domain: Domain, records: list[Record]) -> dict[str, Any]:
     texts = ["\n".join(turn["content"] for turn in record.messages) for record in records]
     if not names:
         return {"terms": 0, "terms_found": 0, "records_with_a_term": 0, "terms_missing": []}
-    patterns = {name.lower(): _whole(name) for name in names}
+    patterns = {name.lower(): whole_word(name) for name in names}
     likely = polars.Series(texts, dtype=polars.String).str.extract_many(
         names, ascii_case_insensitive=True, overlapping=True
     )
@@ -73,7 +73,8 @@ def token_cost(domain: Domain, encode: Callable[[str], list[int]]) -> list[str]:
     return said
 
 
-def _whole(name: str) -> re.Pattern[str]:
+def whole_word(name: str) -> re.Pattern[str]:
+    """Finds a name as a whole word; one with capitals inside (CAR, eGFR) only as written."""
     if not name.isascii():
         return re.compile(re.escape(name))
     flags = 0 if any(c.isupper() for c in name[1:]) else re.IGNORECASE
