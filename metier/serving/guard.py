@@ -13,17 +13,13 @@ from __future__ import annotations
 import re
 import unicodedata
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
-import yaml
-
-from metier.errors import RecipeError, did_you_mean
+from metier.domains import Domain
 from metier.recipe import ServeConfig
 
-DOMAINS = Path(__file__).parents[1] / "domains"
 # Text -> the text without personal data, and the entity type of each piece that went.
 Redact = Callable[[str], tuple[str, list[str]]]
 _CHINESE = re.compile(r"[\u3400-\u9fff]")
@@ -31,16 +27,8 @@ _CHINESE = re.compile(r"[\u3400-\u9fff]")
 _SENTENCE_END = re.compile(r"(?<=[。！？；\n])|(?<=[.!?;])(?=\s)")
 # A text without a sentence's end is looked at when it has grown to this many characters, but for its last ones.
 MAX_HELD, OVERLAP = 400, 80
-
-
-@dataclass(frozen=True, slots=True)
-class Domain:
-    """A domain's pack, as far as answers are concerned; keys are languages."""
-
-    name: str
-    notices: Mapping[str, str]
-    red_lines: Sequence[re.Pattern[str]]
-    refusals: Mapping[str, str]
+# Characters of a request that the red lines are tried on at once.
+PART, PART_OVERLAP = 2000, 200
 
 
 @dataclass
@@ -71,9 +59,8 @@ class Guard:
         """What to say instead of an answer, when `request` crosses a red line of the domain."""
         if self.domain is None or not self.config.refuse:
             return None
-        # Full-width letters and digits count as their plain forms.
-        plain = unicodedata.normalize("NFKC", request)
-        if not any(pattern.search(plain) for pattern in self.domain.red_lines):
+        patterns = [pattern for patterns in self.domain.red_lines.values() for pattern in patterns]
+        if not any(re.search(pattern, part, re.IGNORECASE) for part in _parts(request) for pattern in patterns):
             return None
         acts.refused = self.domain.name
         return _in_language(self.domain.refusals, request)
@@ -134,28 +121,14 @@ class Redactor:
         return clean
 
 
-def read_domain(name: str, folder: Path = DOMAINS) -> Domain:
-    """The pack of a domain. Raises `RecipeError` when there is none of that name, or it cannot be used."""
-    path = folder / f"{name}.yaml"
-    known = sorted(p.stem for p in folder.glob("*.yaml")) if folder.is_dir() else []
-    if name not in known:
-        raise RecipeError(
-            f"there is no domain `{name}`{did_you_mean(name, known)}",
-            hint=f"there is: {', '.join(known)}" if known else None,
-        )
-    pack = yaml.safe_load(path.read_text(encoding="utf-8"))
-    lines = pack.get("red_lines") or {}
-    words = [word for value in lines.values() for word in value] if isinstance(lines, dict) else list(lines)
-    try:
-        patterns = [re.compile(word, re.IGNORECASE) for word in words]
-    except re.error as error:
-        raise RecipeError(f"`{path}` has a red line that is no regular expression: {error}") from None
-    if patterns and not pack.get("refusals"):
-        raise RecipeError(f"`{path}` has red_lines and no refusals")
-    return Domain(name, pack.get("notices") or {}, patterns, pack.get("refusals") or {})
+def _parts(request: str) -> Iterator[str]:
+    """A request in overlapping parts, so that a pattern's time stays bounded; full-width letters become plain."""
+    plain = unicodedata.normalize("NFKC", request)
+    for start in range(0, max(len(plain) - PART_OVERLAP, 1), PART - PART_OVERLAP):
+        yield plain[start : start + PART]
 
 
-def _in_language(texts: Mapping[str, str], request: str) -> str:
+def _in_language(texts: Mapping[Any, str], request: str) -> str:
     """The text in the request's language: Chinese when it has Chinese characters."""
     language = "zh" if _CHINESE.search(request) else "en"
-    return texts.get(language) or next(iter(texts.values()))
+    return texts.get(language) or next(iter(texts.values()), "")

@@ -14,13 +14,14 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from metier.artifacts import digest_file, digest_json, read_manifest
+from metier.domains import load_domain
 from metier.errors import ModelError
 from metier.model.bank import AdapterBank
 from metier.model.chat import CappedRender, Renderer, eos_token_ids
 from metier.model.load import Base, Device, Precision, load_base, resolve_device, resolve_precision
 from metier.model.lora import read_adapter_config
 from metier.recipe import ServeConfig, load_recipe
-from metier.serving.guard import Guard, Redact, read_domain
+from metier.serving.guard import Guard, Redact
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 
@@ -170,8 +171,7 @@ def _guard(run: Path, redact: Redact | None) -> Guard:
     if not path.is_file():
         return Guard(redact=redact)
     recipe = load_recipe(path)
-    domain: str | None = getattr(recipe, "domain", None)
-    return Guard(recipe.serve, read_domain(domain) if domain else None, redact)
+    return Guard(recipe.serve, load_domain(recipe.domain) if recipe.domain else None, redact)
 
 
 def _fingerprint(base: Base, renderer: Renderer, adapter: Path | None, guard: Guard) -> str:

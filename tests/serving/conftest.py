@@ -11,16 +11,19 @@ from typing import Any
 import pytest
 import torch
 
+from metier.domains import load_domain
 from metier.model.load import Base, load_base
 from metier.model.lora import attach, save_adapter
 from metier.model.template import TemplateProcess
 from metier.recipe import AdapterConfig
-from metier.serving.guard import Guard, read_domain
+from metier.serving.guard import Guard
 from metier.serving.models import Models, open_models
 from metier.serving.server import Server, ServerSettings
 
 CPU = torch.device("cpu")
 PACK = """
+name: medicine
+privacy_policy: none
 notices: {en: "No medical advice.", zh: "不构成医疗建议。"}
 red_lines: {en: ["\\\\bpoison\\\\b"], zh: ["下毒"]}
 refusals: {en: "I cannot help with this.", zh: "我不能协助处理。"}
@@ -69,7 +72,7 @@ def models(adapters: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) 
 
     guarded = dict(loaded.by_name)
     old = guarded["blue"]
-    guard = Guard(domain=read_domain("medicine", pack), redact=redact)
+    guard = Guard(domain=load_domain(str(pack / "medicine.yaml")), redact=redact)
     guarded["blue"] = type(old)(old.name, old.adapter, old.root, old.parent, old.fingerprint, guard)
     yield Models(loaded.bank, loaded.renderer, guarded)
     templates.close()

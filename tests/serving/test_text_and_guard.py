@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import re
+import time
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from metier.errors import RecipeError
+from metier.domains import known_domains, load_domain
 from metier.model.chat import Renderer
 from metier.recipe import ServeConfig
-from metier.serving.guard import Acts, Guard, Redactor, read_domain
+from metier.serving.guard import Acts, Guard, Redactor
 from metier.serving.sampling import Sampling, SamplingState, logprobs_of, next_tokens
 from metier.serving.text import StopStrings, TextStream, TokenTexts
 from tests.model.tiny import tiny_tokenizer
@@ -74,7 +75,7 @@ def test_personal_data_is_taken_out_however_the_text_comes(size: int) -> None:
 @pytest.fixture
 def guard(tmp_path: Path) -> Guard:
     (tmp_path / "medicine.yaml").write_text(PACK, encoding="utf-8")
-    return Guard(domain=read_domain("medicine", tmp_path), redact=phone)
+    return Guard(domain=load_domain(str(tmp_path / "medicine.yaml")), redact=phone)
 
 
 def test_a_red_line_is_seen_through_full_width_letters_and_capitals(guard: Guard) -> None:
@@ -96,12 +97,20 @@ def test_a_notice_that_the_answer_has_is_not_said_twice(guard: Guard) -> None:
     assert guard.notice("q", "Yes. No medical advice.", acts) == "" and acts.notice == "medicine"
 
 
-def test_a_wrong_domain_is_a_sentence(tmp_path: Path) -> None:
-    (tmp_path / "finance.yaml").write_text("red_lines: {en: ['(']}\nrefusals: {en: x}\n", encoding="utf-8")
-    with pytest.raises(RecipeError, match="did you mean `finance`"):
-        read_domain("finanse", tmp_path)
-    with pytest.raises(RecipeError, match="no regular expression"):
-        read_domain("finance", tmp_path)
+@pytest.mark.parametrize("name", known_domains())
+def test_every_domain_refuses_and_notes_in_both_languages(name: str) -> None:
+    guard = Guard(domain=load_domain(name))
+    for question in ("What is this?", "这是什么？"):
+        assert guard.notice(question, "", Acts()) and guard.refusal(question, Acts()) is None
+    assert guard.domain and set(guard.domain.refusals) == {"en", "zh"}
+
+
+def test_a_long_request_is_looked_at_to_its_end_in_little_time(guard: Guard) -> None:
+    slow = Guard(domain=load_domain("finance"))
+    begun = time.monotonic()
+    assert slow.refusal("money fake insider evade guarantee " * 3000, Acts()) is None
+    assert time.monotonic() - begun < 3
+    assert guard.refusal("word " * 5000 + "poison", Acts())
 
 
 def draws(sampling: dict[str, Any], number: int = 2000) -> list[float]:
