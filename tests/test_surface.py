@@ -17,7 +17,8 @@ PUBLIC_NAMES = ["Recipe", "evaluate", "load", "prepare", "run", "train"]
 
 RECIPE_KEYS = """
     base revision out preset seed
-    data.sources data.test_sources data.prompt data.answer data.system data.messages data.text data.group_id data.task
+    data.sources data.test_sources data.encoding data.header_line data.passage_chars
+    data.prompt data.answer data.system data.messages data.text data.group_id data.task
     data.val data.test
     adapter.rank adapter.alpha adapter.target_modules adapter.dropout adapter.bias adapter.use_rslora
     train.epochs train.max_steps train.micro_batch_size train.grad_accum_steps train.micro_batch_tokens

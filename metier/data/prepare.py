@@ -20,7 +20,7 @@ from metier.data.card import data_card
 from metier.data.lines import Source
 from metier.data.records import Record, Rejected, Rejection, build_record
 from metier.data.roles import Roles, find_roles
-from metier.data.sources import find_sources, read_columns, read_rows
+from metier.data.sources import describe_source, find_sources, read_columns, read_rows
 from metier.data.split import split_groups
 from metier.data.tables import parquet_bytes, records_table, rejected_table
 from metier.errors import DataError, RunError
@@ -67,7 +67,7 @@ def prepare(config: DataConfig, *, seed: int, out: Path, progress: Callable[[str
         "labels": sorted({record.answer for record in records}) if task == "classification" else [],
         "roles": _describe(roles),
         "sources": [
-            {"file": source.name, "sha256": digests[source.name], **counts[source], "format": source.format}
+            {"file": source.name, "sha256": digests[source.name], **counts[source], **describe_source(source)}
             for source in sources
         ],
         "seed": seed,
@@ -218,6 +218,6 @@ def _task(config: DataConfig, records: list[Record]) -> str:
 def _split(config: DataConfig, records: list[Record], seed: int) -> list[str]:
     """Each record's split."""
     sizes = Counter(record.group for record in records if not record.source.is_test)
-    test = 0 if config.test_sources else config.test
+    test = 0 if any(record.source.is_test for record in records) else config.test
     splits = split_groups(sizes, val=config.val, test=test, seed=seed)
     return ["test" if record.source.is_test else splits[record.group] for record in records]

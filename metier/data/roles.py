@@ -37,6 +37,7 @@ PAIRS = (
     ("输入", "输出"),
     ("source", "target"),
 )
+KNOWN_COLUMNS = frozenset(CONVERSATIONS + TEXTS + SYSTEMS + tuple(name for pair in PAIRS for name in pair))
 # Alpaca's third column: it follows the instruction after a blank line, where it is not empty.
 INPUTS = {"instruction": "input", "指令": "输入"}
 # Never guessed to be a prompt or an answer.
