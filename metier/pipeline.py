@@ -88,11 +88,11 @@ def _run_folder(recipe: Recipe, ui: Ui | None) -> Iterator[tuple[Path, Ui]]:
 def _prepare(recipe: Recipe, out: Path, ui: Ui) -> None:
     from metier.data.prepare import dataset_key, prepare
 
-    key = dataset_key(recipe.data, recipe.seed)
+    key = dataset_key(recipe)
     if is_current(out / "dataset", key):
         ui.say("dataset: up to date")
         return
-    manifest = prepare(recipe.data, seed=recipe.seed, out=out / "dataset", progress=ui.say)
+    manifest = prepare(recipe, out=out / "dataset", progress=ui.say)
     _store(recipe, out)
     append_audit(out, "prepare", digest=manifest["digest"], counts=manifest["counts"])
 

@@ -24,7 +24,7 @@ from metier.data.sources import describe_source, find_sources, read_columns, rea
 from metier.data.split import split_groups
 from metier.data.tables import parquet_bytes, records_table, rejected_table
 from metier.errors import DataError, RunError
-from metier.recipe import DataConfig
+from metier.recipe import DataConfig, Recipe
 
 MAX_LABELS = 256
 MAX_LABEL_CHARS = 100
@@ -32,23 +32,30 @@ MIN_RECORDS_PER_LABEL = 5
 MIN_RECORDS_OF_ONE_CLASS = 20
 
 
-def dataset_key(config: DataConfig, seed: int) -> str:
+# The sections of the recipe that this stage owns: a change in one of them makes the data set anew.
+OWNED = {"seed", "domain", "data", "clean", "privacy", "dedup", "balance", "augment"}
+
+
+def dataset_key(recipe: Recipe) -> str:
     """What `prepare` is asked for, with the digests of the source files. Raises `DataError` for a missing source."""
-    return _key(config, seed, {source.name: artifacts.digest_file(source.path) for source in find_sources(config)})
+    digests = {source.name: artifacts.digest_file(source.path) for source in find_sources(recipe.data)}
+    return _key(recipe, digests)
 
 
-def prepare(config: DataConfig, *, seed: int, out: Path, progress: Callable[[str], None]) -> dict[str, Any]:
+def prepare(recipe: Recipe, *, out: Path, progress: Callable[[str], None]) -> dict[str, Any]:
     """Reads the sources and completes the artifact `out`; returns its manifest.
 
     Raises `DataError` when a source or the records as a whole cannot be used, `RunError` when `out` cannot be
     written; an earlier data set in `out` is then as it was.
     """
-    started = time.time()
+    started, config, seed = time.time(), recipe.data, recipe.seed
     sources = find_sources(config)
     digests = {source.name: artifacts.digest_file(source.path) for source in sources}
-    key = _key(config, seed, digests)
+    key = _key(recipe, digests)
     roles = _roles(config, {source: read_columns(source) for source in sources})
     records, rejected, rows = _read_all(sources, roles, progress)
+    # clean: records, rejected -> fewer records, more rejected, and what was changed
+    # deidentify: records -> records with other messages and group ids, and what was found
     records, leaking = _without_test_leaks(records)
     rejected += leaking
     order = {source: position for position, source in enumerate(sources)}
@@ -79,15 +86,16 @@ def prepare(config: DataConfig, *, seed: int, out: Path, progress: Callable[[str
         artifacts.write_atomic(work / "rejected.parquet", parquet_bytes(rejected_table(rejected)))
         artifacts.write_atomic(work / "DATA_CARD.md", data_card(details).encode())
         return artifacts.complete(
-            work, out, kind="dataset", key=key, config=config.model_dump(), parents={}, started=started, details=details
-        )
+            work, out, kind="dataset", key=key, config=recipe.model_dump(include=OWNED), parents={}, started=started,
+            details=details,
+        )  # fmt: skip
     except RunError:
         shutil.rmtree(work, ignore_errors=True)  # half a data set is of no use: it is made anew
         raise
 
 
-def _key(config: DataConfig, seed: int, digests: dict[str, str]) -> str:
-    return artifacts.digest_json({"stage": "dataset", "config": config.model_dump(), "seed": seed, "sources": digests})
+def _key(recipe: Recipe, digests: dict[str, str]) -> str:
+    return artifacts.digest_json({"stage": "dataset", "recipe": recipe.model_dump(include=OWNED), "sources": digests})
 
 
 def _roles(config: DataConfig, columns: dict[Source, list[str]]) -> dict[Source, Roles]:

@@ -13,11 +13,16 @@ import pytest
 from metier import artifacts
 from metier.data.prepare import dataset_key, prepare
 from metier.errors import DataError
-from metier.recipe import DataConfig
+from metier.recipe import DataConfig, Recipe
 
 
-def make(folder: Path, config: DataConfig, *, seed: int = 0) -> dict[str, Any]:
-    return prepare(config, seed=seed, out=folder / "dataset", progress=lambda line: None)
+def recipe_of(config: DataConfig, *, seed: int = 0, **sections: Any) -> Recipe:
+    return Recipe(base="no base", out="nowhere", seed=seed, data=config, **sections)
+
+
+def make(folder: Path, config: DataConfig, *, seed: int = 0, **sections: Any) -> dict[str, Any]:
+    recipe = recipe_of(config, seed=seed, **sections)
+    return prepare(recipe, out=folder / "dataset", progress=lambda line: None)
 
 
 def table(folder: Path, name: str = "records") -> polars.DataFrame:
@@ -101,14 +106,19 @@ def test_the_key_follows_files_config_and_seed(tmp_path: Path) -> None:
     source = write_csv(tmp_path / "a.csv", labelled(20))
     config = DataConfig(sources=[source])
     manifest = make(tmp_path, config)
-    key = dataset_key(config, 0)
+    key = dataset_key(recipe_of(config))
     assert key == manifest["key"] and artifacts.is_current(tmp_path / "dataset", key)
-    assert len({key, dataset_key(config, 1), dataset_key(DataConfig(sources=[source], val=0.2), 0)}) == 3
+    assert (
+        len(
+            {key, dataset_key(recipe_of(config, seed=1)), dataset_key(recipe_of(DataConfig(sources=[source], val=0.2)))}
+        )
+        == 3
+    )
     write_csv(tmp_path / "a.csv", labelled(21))
-    assert dataset_key(config, 0) != key
+    assert dataset_key(recipe_of(config)) != key
     (tmp_path / "a.csv").unlink()
     with pytest.raises(DataError, match="there is no source file"):
-        dataset_key(config, 0)
+        dataset_key(recipe_of(config))
 
 
 def test_a_failed_prepare_leaves_the_earlier_data_set_as_it_was(tmp_path: Path) -> None:
