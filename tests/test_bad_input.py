@@ -400,6 +400,17 @@ def test_a_file_name_that_is_not_utf8_is_refused(metier: Cli, here: Path, tiny_b
     assert_refused(metier("run", "recipe.yaml", "--out", os.fsdecode(b"\xb2out")), "`out`")
 
 
+@pytest.mark.parametrize("verb", ["run", "train", "evaluate"])
+@pytest.mark.parametrize("place", [0.3, 0.999])
+def test_a_damaged_data_set_of_the_same_size_is_a_sentence(metier: Cli, here: Path, verb: str, place: float) -> None:
+    path = here / "run/dataset/records.parquet"
+    raw = bytearray(path.read_bytes())
+    raw[int(len(raw) * place)] ^= 0xFF
+    path.write_bytes(raw)
+    words = ["run/dataset/records.parquet` is damaged", "hint: remove", "metier prepare"]
+    assert_refused(metier(verb, "recipe.yaml", "--set", "train.epochs=2"), *words)
+
+
 SOME_ROWS_BROKEN = {
     "ragged": ("a.csv", rows_of(40) + f"{SECRET},a,b\n", 1, "line 42: 3 fields, expected 2"),
     "NaN": ("a.csv", rows_of(40) + f"{SECRET},NaN\n", 1, "line 42: answer is NaN or infinite"),

@@ -20,6 +20,8 @@ RECIPE_KEYS = """
     data.sources data.test_sources data.encoding data.header_line data.passage_chars
     data.prompt data.answer data.system data.messages data.text data.group_id data.task
     data.val data.test
+    clean.control clean.whitespace clean.width clean.html clean.script clean.mojibake clean.boilerplate
+    clean.min_chars clean.max_chars clean.languages clean.contradictions
     adapter.rank adapter.alpha adapter.target_modules adapter.dropout adapter.bias adapter.use_rslora
     train.epochs train.max_steps train.micro_batch_size train.grad_accum_steps train.micro_batch_tokens
     train.max_seq_len train.over_length train.train_on train.learning_rate train.min_learning_rate train.warmup_ratio

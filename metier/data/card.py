@@ -22,6 +22,15 @@ def data_card(details: dict[str, Any]) -> str:
     )
     reasons = "".join(f"| {_cell(reason)} | {count} |\n" for reason, count in details["rejected_by_reason"].items())
     split_rows = "".join(f"| {name} | {count} |\n" for name, count in splits.items())
+    rules = "".join(
+        f"| {rule} | {_setting(found['setting'])} | {found['records']} |\n"
+        for rule, found in details["cleaning"].items()
+    )
+    written = "".join(
+        f"{_cell(s['file'])}: {'; '.join(_cell(s[k]) for k in ('encoding', 'dialect', 'note') if k in s)}.\n"
+        for s in details["sources"]
+        if "encoding" in s
+    )
     how = "named in the recipe" if details["roles"]["how"] == "recipe" else "found by the columns' names"
     english = f"""{_front_matter(details)}
 # Data set
@@ -41,6 +50,7 @@ order of the groups is that of SHA-256(seed | group), with seed {details["seed"]
 | file | format | rows | kept | rejected | SHA-256 begins |
 |---|---|---:|---:|---:|---|
 {sources}
+{written}
 ## Roles ({how})
 
 | role | column, template or text |
@@ -56,7 +66,15 @@ Each one is in `rejected.parquet` with its file, row and byte offset.
 ## What was changed
 
 Whitespace around prompts, answers and template columns is taken off; numbers and booleans become the text they are
-written in; empty system messages are left out. Plain text is as it was. Nothing else was changed, cut or translated.
+written in; empty system messages are left out. Beside that:
+
+| rule | setting | records it changed or found |
+|---|---|---:|
+{rules}
+control: control, zero-width and direction characters are taken out. whitespace: every line end is LF, every odd space a
+space. width: full-width letters, digits and percent signs are half-width. html: tags and character references are taken
+out. script: Chinese is converted to one script. boilerplate: first and last lines that many records share. The rules
+mojibake and contradictions change no text. Nothing else was changed, cut or translated.
 The licence and the personal data of the sources are the concern of whoever gave them: this card knows neither.
 """
     return f"{english}\n{_chinese(details)}"
@@ -72,7 +90,9 @@ def _chinese(details: dict[str, Any]) -> str:
 训练集 {splits["train"]} 条,验证集 {splits["val"]} 条,测试集 {splits["test"]} 条。
 同一组不会跨越划分:组由 group_id 指定,未指定时首个提示相同的记录为一组。
 语言:中文 {languages["zh"]} 条,英文 {languages["en"]} 条,其他 {languages["other"]} 条。
-仅去除提示与答案首尾的空白(并略去空的系统消息),其余内容未作改动。
+去除提示与答案首尾的空白,略去空的系统消息;此外只有上表中设置为 on 的清洗规则改动文本:
+control 去除控制字符与零宽字符,whitespace 统一换行与空格,width 将全角字母、数字、百分号转为半角
+(中文标点不变),html 去除标签,script 转换简繁,boilerplate 涉及多条记录共有的首行或末行。
 """
 
 
@@ -90,6 +110,10 @@ configs:
   data_files: records.parquet
 ---
 """
+
+
+def _setting(value: Any) -> str:
+    return ("on" if value else "off") if isinstance(value, bool) else str(value)
 
 
 def _cell(text: str) -> str:

@@ -17,6 +17,7 @@ from typing import Any
 
 from metier import artifacts
 from metier.data.card import data_card
+from metier.data.clean import clean, resolve_contradictions
 from metier.data.lines import Source
 from metier.data.records import Record, Rejected, Rejection, build_record
 from metier.data.roles import Roles, find_roles
@@ -54,7 +55,10 @@ def prepare(recipe: Recipe, *, out: Path, progress: Callable[[str], None]) -> di
     key = _key(recipe, digests)
     roles = _roles(config, {source: read_columns(source) for source in sources})
     records, rejected, rows = _read_all(sources, roles, progress)
-    # clean: records, rejected -> fewer records, more rejected, and what was changed
+    cleaned = clean(records, recipe.clean)
+    if cleaned.records and _task(config, cleaned.records) == "classification":
+        resolve_contradictions(cleaned, recipe.clean.contradictions)
+    records, rejected = cleaned.records, rejected + cleaned.rejected
     # deidentify: records -> records with other messages and group ids, and what was found
     records, leaking = _without_test_leaks(records)
     rejected += leaking
@@ -73,6 +77,7 @@ def prepare(recipe: Recipe, *, out: Path, progress: Callable[[str], None]) -> di
         "task": task,
         "labels": sorted({record.answer for record in records}) if task == "classification" else [],
         "roles": _describe(roles),
+        "cleaning": cleaned.report(recipe.clean),
         "sources": [
             {"file": source.name, "sha256": digests[source.name], **counts[source], **describe_source(source)}
             for source in sources

@@ -7,6 +7,7 @@ resolved is stored with the run.
 
 from __future__ import annotations
 
+from metier.recipe.clean import CleanConfig
 from metier.recipe.data import DataConfig
 from metier.recipe.evaluate import EvaluateConfig
 from metier.recipe.read import load_recipe, parse_recipe
@@ -17,6 +18,7 @@ from metier.recipe.train import AdapterConfig, TrainConfig
 __all__ = [
     "CLASSIC",
     "AdapterConfig",
+    "CleanConfig",
     "DataConfig",
     "EvaluateConfig",
     "Recipe",

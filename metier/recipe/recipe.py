@@ -7,6 +7,7 @@ from typing import Any, Literal
 import yaml
 from pydantic import Field, model_validator
 
+from metier.recipe.clean import CleanConfig
 from metier.recipe.data import DataConfig
 from metier.recipe.evaluate import EvaluateConfig
 from metier.recipe.section import Section
@@ -29,6 +30,7 @@ class Recipe(Section):
         default=0, ge=0, lt=2**31, description="Of the split, the adapter's start, the data's order and dropout."
     )
     data: DataConfig
+    clean: CleanConfig = CleanConfig()
     adapter: AdapterConfig = AdapterConfig()
     train: TrainConfig = TrainConfig()
     evaluate: EvaluateConfig = EvaluateConfig()
