@@ -233,7 +233,7 @@ def _ranks() -> dict[str, int]:
 def _is_plausible(text: str, codec: str) -> bool:
     characters = Counter(_ABOVE_ASCII.findall(text))
     total = sum(characters.values())
-    if codec == "utf-8" and total > 3:
+    if codec == "utf-8" and sum(n * len(c.encode(errors="replace")) for c, n in characters.items()) >= 6:
         # Any script may be written in Unicode; what must not be there is a wealth of unassigned characters.
         wrong = sum(n for c, n in characters.items() if _log_probability(c) <= -28.0)
         return wrong < 0.3 * total
