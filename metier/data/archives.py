@@ -67,7 +67,9 @@ def open_packed(packed: Packed) -> Iterator[io.BufferedReader[Any]]:
         else:
             with open(path, "rb", buffering=2**16) as plain:
                 yield plain  # type: ignore[misc]
-    except (zipfile.BadZipFile, gzip.BadGzipFile, EOFError, zlib.error, NotImplementedError) as error:
+    except (zipfile.BadZipFile, OSError, EOFError, zlib.error, NotImplementedError) as error:
+        if isinstance(error, OSError) and not member and path.suffix.lower() != ".gz":
+            raise
         raise DataError(f"`{path}` is damaged or cut off: {error}", hint="copy or export it again") from None
 
 
@@ -76,7 +78,7 @@ def list_members(path: Path) -> list[tuple[str, str]]:
     try:
         with zipfile.ZipFile(path) as archive:
             infos = [info for info in archive.infolist() if not info.is_dir()]
-    except (zipfile.BadZipFile, OSError, ValueError) as error:
+    except (zipfile.BadZipFile, OSError, ValueError, NotImplementedError) as error:
         raise DataError(f"`{path}` is no zip archive, or a damaged one: {error}", hint="copy it again") from None
     if len(infos) > MAX_MEMBERS:
         raise DataError(f"`{path}` holds {len(infos):,} files; up to {MAX_MEMBERS:,} are read")

@@ -10,8 +10,11 @@ seen. Formulas give their last stored value. A workbook unpacks to at most 2 GiB
 
 from __future__ import annotations
 
+import contextlib
 import datetime
 import io
+import subprocess
+import sys
 import zipfile
 from collections.abc import Iterator
 from functools import lru_cache
@@ -27,6 +30,15 @@ from metier.errors import DataError
 
 MAX_UNPACKED = 2 * 2**30
 EXACT_DIGITS = 15
+TRIAL_S = 300
+# The reader is compiled code that a damaged workbook can make abort: another process reads it first.
+_TRIAL = """
+import io, sys
+import python_calamine
+workbook = python_calamine.CalamineWorkbook.from_filelike(io.BytesIO(sys.stdin.buffer.read()))
+for name in workbook.sheet_names:
+    workbook.get_sheet_by_name(name).to_python(skip_empty_area=False)
+"""
 
 
 def sheet_names(path: Path, member: str = "") -> list[str]:
@@ -63,10 +75,7 @@ def read_excel(source: Source) -> Iterator[Row]:
 
 def _table(source: Source) -> tuple[int, list[str], list[list[Any]]]:
     """(rows above the data, columns, all rows of the sheet from its first one)."""
-    try:
-        rows = _open(source.packed).get_sheet_by_name(source.part).to_python(skip_empty_area=False)
-    except (python_calamine.CalamineError, OSError, ValueError) as error:
-        raise DataError(f"{source.shown}: the sheet cannot be read: {error}", hint="save it again as xlsx") from None
+    rows = _open(source.packed).get_sheet_by_name(source.part).to_python(skip_empty_area=False)
     header = source.header_line - 1 if source.header_line else _header(rows)
     if header >= len(rows):
         raise DataError(f"{source.shown}: the sheet has no row {header + 1}", hint="see `data.header_line`")
@@ -89,21 +98,25 @@ def _workbook(packed: Packed, size: int, changed: int) -> python_calamine.Calami
     with open_packed(packed) as file:
         raw = file.read()
     if raw.startswith(b"PK"):
-        with zipfile.ZipFile(io.BytesIO(raw)) as archive:
+        with contextlib.suppress(zipfile.BadZipFile), zipfile.ZipFile(io.BytesIO(raw)) as archive:
             unpacked = sum(info.file_size for info in archive.infolist())
-        if unpacked > MAX_UNPACKED:
-            raise DataError(f"`{packed.path}` unpacks to {unpacked // 2**20:,} MiB", hint="save its sheets as CSV")
+            if unpacked > MAX_UNPACKED:
+                raise DataError(f"`{packed.path}` unpacks to {unpacked // 2**20:,} MiB", hint="save its sheets as CSV")
+    try:
+        tried = subprocess.run([sys.executable, "-c", _TRIAL], input=raw, capture_output=True, timeout=TRIAL_S)
+        is_sound = tried.returncode == 0
+    except subprocess.TimeoutExpired:
+        is_sound = False
+    if not is_sound:
+        raise DataError(
+            f"`{packed.path}` is no Excel workbook, or a damaged one, or has a password", hint="save it again as xlsx"
+        )
     return python_calamine.CalamineWorkbook.from_filelike(io.BytesIO(raw))
 
 
 def _open(packed: Packed) -> python_calamine.CalamineWorkbook:
     status = packed.path.stat()
-    try:
-        return _workbook(packed, status.st_size, status.st_mtime_ns)
-    except (python_calamine.CalamineError, zipfile.BadZipFile, OSError, ValueError):
-        raise DataError(
-            f"`{packed.path}` is no Excel workbook, or a damaged one, or has a password", hint="save it again as xlsx"
-        ) from None
+    return _workbook(packed, status.st_size, status.st_mtime_ns)
 
 
 def _text(cell: Any) -> str | None:

@@ -120,8 +120,9 @@ WHOLE = {
     "a.zip": _zip,
     "a.jsonl.gz": lambda: gzip.compress(b'{"text": "a"}\n' * 9),
 }
-PIECES = [b",", b'"', b"\n", b"\r", b"\r\n", b";", b"\t", b"text", b"label", b"a", b"1", b"\\", b"'", b" ", b"\0",
-          b"#", b"\xff", b"\xfe", "好".encode(), "好".encode("gbk"), b"\xef\xbb\xbf", b"sep=;", b"\xef\xbc\x8c"]  # fmt: skip
+PIECES = [b",", b'"', b"\n", b"\r", b"\r\n", b";", b"\t", b"text", b"label", b"a", b"1", b"\\", b"'", b" ",
+          b"\0", b"#", b"\xff", b"\xfe", "好".encode(), "好".encode("gbk"), b"\xef\xbb\xbf",
+          b"sep=;", b"\xef\xbc\x8c"]  # fmt: skip
 JSON_PIECES = [b"{", b"}", b"[", b"]", b'"', b":", b",", b"\n", b'"text"', b'{"text": "a"}', b"1", b"NaN", b"//", b"/*",
                b"```", b"\\", b" ", b"\xff", "好".encode(), b"null", b'{"a": [1, {"b": 2}]}', b"'"]  # fmt: skip
 
@@ -137,7 +138,7 @@ def check_nothing_is_lost(path: Path, raw: bytes) -> None:
     offsets = [row.byte_offset for row in rows]
     assert offsets == sorted(offsets) and (len(set(offsets)) == len(offsets) or offsets[0] == -1)
     assert all(bool(row.fields) != bool(row.problem) or row.fields == {} for row in rows)
-    assert all(offset < len(raw) for offset in offsets)
+    assert path.suffix in (".gz", ".zip") or all(offset < len(raw) for offset in offsets)
 
 
 @settings(max_examples=400, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
@@ -155,13 +156,13 @@ def test_no_bytes_break_the_json_reader(tmp_path: Path, raw: bytes, name: str) -
 
 
 @settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(st.binary(max_size=300), st.sampled_from(["a.csv", "a.json", "a.jsonl", "a.parquet", "a.xlsx", "a.xls", "a.zip", "a.csv.gz", "a.md"]))  # noqa: E501  # fmt: skip
+@given(st.binary(max_size=300), st.sampled_from(["a.csv", "a.json", "a.jsonl", "a.parquet", "a.zip", "a.csv.gz", "a.md"]))  # noqa: E501  # fmt: skip
 def test_no_noise_breaks_a_reader(tmp_path: Path, raw: bytes, name: str) -> None:
     check_nothing_is_lost(tmp_path / name, raw)
 
 
 @pytest.mark.parametrize("name", ["a.xlsx", "a.xls", "a.parquet", "a.zip", "a.jsonl.gz"])
-@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=15, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(data=st.data())
 def test_no_damage_breaks_a_reader(tmp_path: Path, name: str, data: st.DataObject) -> None:
     good = bytearray(WHOLE[name]())
