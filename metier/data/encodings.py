@@ -109,7 +109,8 @@ def named_encoding(name: str, head: bytes) -> Encoding:
     marked = next(((mark, codec) for mark, codec in MARKS if head.startswith(mark)), None)
     if marked and (marked[1] == info.name or info.name in ("utf-16", "utf-8-sig")):
         return Encoding(marked[1], "named", len(marked[0]))
-    return Encoding({"utf-8-sig": "utf-8", "utf-16": "utf-16-le"}.get(info.name, info.name), "named")
+    plain = {"utf-8-sig": "utf-8", "utf-16": "utf-16-le", "utf-32": "utf-32-le"}
+    return Encoding(plain.get(info.name, info.name), "named")
 
 
 def detect_encoding(head: bytes, sample: bytes, path: Path) -> Encoding:

@@ -165,9 +165,8 @@ def read_blocks(source: Source) -> Iterator[str]:
 
 def _split_text(source: Source, encoding: Encoding, end: str) -> Iterator[Line]:
     """Lines of a text whose line ends cannot be seen in its bytes: UTF-16, or CR alone."""
-    decoder = codecs.getincrementaldecoder(encoding.codec)(
-        "surrogatepass" if encoding.codec.startswith(("utf-16", "utf-32")) else "surrogateescape"
-    )
+    errors = "surrogatepass" if encoding.codec.startswith(("utf-16", "utf-32")) else "surrogateescape"
+    decoder = codecs.getincrementaldecoder(encoding.codec)(errors)
     rest, offset, number = "", encoding.mark, 0
     with open_packed(source.packed) as file:
         file.read(encoding.mark)
@@ -182,7 +181,7 @@ def _split_text(source: Source, encoding: Encoding, end: str) -> Iterator[Line]:
                 raise _too_long(source, number + 1)
             for text in [f"{line}{end}" for line in lines] + ([rest] if rest and not raw else []):
                 number += 1
-                size = len(text.encode(encoding.codec, "surrogatepass" if "utf" in encoding.codec else "replace"))
+                size = len(text.encode(encoding.codec, errors))
                 is_broken = any("\ud800" <= character <= "\udfff" for character in text)
                 yield Line(number, offset, text, f"it does not fit {encoding.label}" if is_broken else None)
                 offset += size
