@@ -2,8 +2,8 @@
 
     python benchmarks/bench_reading.py [--megabytes 300] [--out benchmarks/results/reading_cpu2_202611.md]
 
-Encodings: 1,000 seeded files a seed (tests/data/encoding_cases.py), three seeds that no rule was fitted to; Traditional
-text comes from OpenCC. Hostile kinds: tests/data/hostile_cases.py; *right* is the exact rows as text, *WRONG* other rows
+Encodings: 1,000 seeded files a seed (tests/data/encoding_cases.py), seeds that no rule was fitted to; Traditional text
+comes from OpenCC. Hostile kinds: tests/data/hostile_cases.py; *right* is the exact rows as text, *WRONG* other rows
 without an error. Memory: the peak of a process that does nothing but read; files are made in a temporary folder.
 """
 
@@ -33,15 +33,19 @@ from metier.errors import DataError
 from metier.recipe import DataConfig
 from tests.data import encoding_cases, hostile_cases
 
+HEAD = "| {} |\n|---|{}"
+MEASURED = HEAD.format("file | MB | CPU-s, columns and rows | rows/CPU-s | peak MB", "---:|" * 4)
 READ = """
-import resource, sys, time
+import sys, time
 from metier.recipe import DataConfig
 from metier.data.sources import find_sources, read_columns, read_rows
 start = time.process_time()
 sources = find_sources(DataConfig(sources=[sys.argv[1]]))
 read_columns(sources[0])
 rows = sum(1 for source in sources for row in read_rows(source) if not row.problem)
-print(rows, time.process_time() - start, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)
+seconds = time.process_time() - start
+peak = next(line for line in open("/proc/self/status") if line.startswith("VmHWM")).split()[1]
+print(rows, seconds, int(peak) / 1024)
 """
 
 
@@ -51,11 +55,11 @@ def encodings(seeds: list[int]) -> str:
     from opencc import OpenCC
 
     encoding_cases.traditional = OpenCC("s2t").convert
-    ours: dict[tuple[str, str], Counter[str]] = {}
-    other: dict[tuple[str, str], Counter[str]] = {}
+    ours: dict[str, Counter[str]] = {}
+    other: dict[str, Counter[str]] = {}
     seconds = [0.0, 0.0]
     for case in (case for seed in seeds for case in encoding_cases.cases(1000, seed)):
-        kind = (case.language, case.encoding)
+        kind = f"{case.language}, {case.encoding}"
         wanted = case.text.removeprefix("\ufeff")
         start = time.process_time()
         try:
@@ -70,45 +74,37 @@ def encodings(seeds: list[int]) -> str:
         seconds[1] += time.process_time() - start
         text = "" if best is None else str(best).removeprefix("\ufeff")
         other.setdefault(kind, Counter())["right" if text == wanted else "WRONG" if best else "sentence"] += 1
-    lines = [
-        "| text, encoding | right | a sentence | WRONG | charset-normalizer right | WRONG |",
-        "|---|---:|---:|---:|---:|---:|",
-    ]
-    for kind, count in ours.items():
-        o = other[kind]
-        lines.append(
-            f"| {kind[0]}, {kind[1]} | {count['right']} | {count['sentence']} | {count['WRONG']} | {o['right']} | {o['WRONG']} |"
-        )
+    lines = [HEAD.format("text, encoding | right | a sentence | WRONG | charset-normalizer right | WRONG", "---:|" * 5)]
+    lines += [_encoding_row(kind, ours[kind], other[kind]) for kind in ours]
     total, rival = sum(ours.values(), Counter()), sum(other.values(), Counter())
-    n = sum(total.values())
+    n = total.total()
+    lines.append(_encoding_row(f"**all {n}**", total, rival))
     lines.append(
-        f"| **all {n}** | **{total['right']}** | {total['sentence']} | **{total['WRONG']}** | {rival['right']} | {rival['WRONG']} |"
-    )
-    lines.append(
-        f"\nmetier {total['right'] / n:.2%} right, {seconds[0]:.1f} CPU-s; charset-normalizer {rival['right'] / n:.2%}, {seconds[1]:.1f} CPU-s."
+        f"\nmetier {total['right'] / n:.2%} right, {seconds[0]:.1f} CPU-s; "
+        f"charset-normalizer {rival['right'] / n:.2%}, {seconds[1]:.1f} CPU-s."
     )
     return "\n".join(lines)
+
+
+def _encoding_row(name: str, ours: Counter[str], other: Counter[str]) -> str:
+    mine = f"{ours['right']} | {ours['sentence']} | {ours['WRONG']}"
+    return f"| {name} | {mine} | {other['right']} | {other['WRONG']} |"
 
 
 def hostile() -> str:
     """One row a kind and reader."""
     readers: dict[str, Callable[[Path], list[dict[str, Any]]]] = {
-        "metier": _metier,
-        "pandas": _pandas,
-        "polars": _polars,
-        "stdlib": _stdlib,
-    }
-    lines = [f"| file | {' | '.join(readers)} |", "|---|" + "---|" * len(readers)]
+        "metier": _metier, "pandas": _pandas, "polars": _polars, "stdlib": _stdlib,
+    }  # fmt: skip
+    lines = [HEAD.format(" | ".join(["file", *readers]), "---|" * len(readers))]
     totals = {name: Counter[str]() for name in readers}
     for case in hostile_cases.CSV + hostile_cases.JSON:
-        cells = []
-        for name, reader in readers.items():
-            outcome = _outcome(case, reader)
+        outcomes = [_outcome(case, reader) for reader in readers.values()]
+        for name, outcome in zip(readers, outcomes, strict=True):
             totals[name][outcome] += 1
-            cells.append(outcome)
-        lines.append(f"| {case.name.rpartition('.')[2]}: {case.kind} | {' | '.join(cells)} |")
+        lines.append(f"| {case.name.rpartition('.')[2]}: {case.kind} | {' | '.join(outcomes)} |")
     sums = [f"{t['right']} right, {t['sentence']} sentence or error, {t['WRONG']} WRONG" for t in totals.values()]
-    lines.append(f"| **all {len(hostile_cases.CSV + hostile_cases.JSON)}** | {' | '.join(sums)} |")
+    lines.append(f"| **all {totals['metier'].total()}** | {' | '.join(sums)} |")
     return "\n".join(lines)
 
 
@@ -133,7 +129,7 @@ def _pandas(path: Path) -> list[dict[str, Any]]:
     import pandas
 
     if path.suffix in (".json", ".jsonl"):
-        table = pandas.read_json(path, lines=path.suffix == ".jsonl", dtype=False, convert_dates=False)
+        table = pandas.read_json(path, lines=path.suffix == ".jsonl", dtype=False)
     else:
         table = pandas.read_csv(path, sep=None, engine="python", dtype=str, keep_default_na=False)
     return table.to_dict("records")  # type: ignore[return-value]
@@ -155,7 +151,8 @@ def _stdlib(path: Path) -> list[dict[str, Any]]:
     if path.suffix == ".json":
         rows = json.loads(path.read_text(encoding="utf-8"))
         return rows if isinstance(rows, list) else [rows]
-    text = path.read_text(encoding="utf-8", newline="")
+    with path.open(encoding="utf-8", newline="") as file:
+        text = file.read()
     return list(csv.DictReader(io.StringIO(text, newline=""), dialect=csv.Sniffer().sniff(text[:4096])))
 
 
@@ -183,14 +180,11 @@ def _rows(count: int) -> list[dict[str, str]]:
     ]
     return [
         {
-            "id": f"{i:06d}",
-            "text": " ".join(rng.choices(words, k=30)),
-            "label": rng.choice("abcd"),
-            "id_card": str(110101199003070000 + i),
-            "date": "2026-01-01",
+            "id": f"{i:06d}", "text": " ".join(rng.choices(words, k=30)), "label": rng.choice("abcd"),
+            "id_card": str(110101199003070000 + i), "date": "2026-01-01",
         }
         for i in range(count)
-    ]
+    ]  # fmt: skip
 
 
 def throughput(folder: Path) -> str:
@@ -212,17 +206,14 @@ def throughput(folder: Path) -> str:
     for name, raw in files.items():
         (folder / name).write_bytes(raw)
     polars.DataFrame(rows).write_parquet(folder / "table.parquet")
-    table = ["| file | MB | CPU-s, columns and rows | rows/CPU-s | peak MB |", "|---|---:|---:|---:|---:|"]
-    for name in [*files, "table.parquet"]:
-        table.append(_measured(folder / name))
-    return "\n".join(table)
+    return "\n".join([MEASURED, *(_measured(folder / name) for name in [*files, "table.parquet"])])
 
 
 def memory(folder: Path, megabytes: int) -> str:
     """The same rows over and over, in files ten times apart."""
     row = {**_rows(1)[0], "text": "股票 the bank " * 20}
     record = json.dumps(row, ensure_ascii=False)
-    table = ["| file | MB | CPU-s, columns and rows | rows/CPU-s | peak MB |", "|---|---:|---:|---:|---:|"]
+    table = [MEASURED]
     for size in (megabytes // 10, megabytes):
         count = size * 2**20 // len(record.encode())
         with (folder / "large.jsonl").open("w", encoding="utf-8") as file:
@@ -241,10 +232,8 @@ def memory(folder: Path, megabytes: int) -> str:
 def _measured(path: Path) -> str:
     done = subprocess.run([sys.executable, "-c", READ, str(path)], capture_output=True, text=True, check=True)
     rows, seconds, peak = done.stdout.split()
-    size = path.stat().st_size / 2**20
-    return (
-        f"| {path.name} | {size:.0f} | {float(seconds):.2f} | {int(rows) / float(seconds):,.0f} | {float(peak):.0f} |"
-    )
+    speed = f"{float(seconds):.2f} | {int(rows) / float(seconds):,.0f}"
+    return f"| {path.name} | {path.stat().st_size / 2**20:.0f} | {speed} | {float(peak):.0f} |"
 
 
 def main() -> None:
@@ -255,13 +244,21 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         parts = [
             "# Reading: encodings, hostile files, memory, speed",
-            f"{datetime.date.today()}. `python benchmarks/bench_reading.py --megabytes {arguments.megabytes}`; Linux x86_64, 2 cores shared with "
-            "other work, Python 3.11, one process. CPU-s are the process's own.",
-            "## Encodings\n\nFiles of 1 to 200 rows, seeds 100, 101, 102 (1,000 each). A sentence asks for `data.encoding`.\n\n"
-            + encodings([100, 101, 102]),
-            f"## Hostile kinds\n\n*right*: the exact rows, all as text. pandas: `sep=None`, all text; polars: all text; stdlib: `csv.Sniffer`, `json`.\n\n{hostile()}",
-            f"## 100,000 rows\n\nA process that finds the encoding, the dialect and the columns, then reads every row.\n\n{throughput(Path(folder))}",
-            f"## Memory\n\nPeak of that process by the size of the file.\n\n{memory(Path(folder), arguments.megabytes)}",
+            f"{datetime.date.today()}. `python benchmarks/bench_reading.py --megabytes {arguments.megabytes}`; Linux "
+            "x86_64, 2 cores shared with other work, Python 3.11, one process. CPU-s are the process's own.",
+            "## Encodings",
+            "Files of 1 to 200 rows, seeds 100, 101, 102 (1,000 each). A sentence asks for `data.encoding`.",
+            encodings([100, 101, 102]),
+            "## Hostile kinds",
+            "*right*: the exact rows, all as text. pandas: `sep=None`, all text; polars: all text; stdlib: "
+            "`csv.Sniffer`, `json`.",
+            hostile(),
+            "## 100,000 rows",
+            "A process that finds the encoding, the dialect and the columns, then reads every row.",
+            throughput(Path(folder)),
+            "## Memory",
+            "Peak of that process by the size of the file.",
+            memory(Path(folder), arguments.megabytes),
         ]
     text = "\n\n".join(parts) + "\n"
     if arguments.out:

@@ -151,6 +151,9 @@ def _print_counts(manifest: dict[str, Any]) -> None:
         typer.echo(f"  rejected {number}: {reason}")
     for role, found in manifest["roles"].items():
         typer.echo(f"  {role}: {found}")
+    for column in manifest["columns"]:
+        if column["by"] != "taken" and column["role"]:
+            typer.echo(f"  `{column['column']}` may be {column['role']} ({column['confidence']}, by {column['by']})")
     for source in manifest["sources"]:
         how = "; ".join(source[key] for key in ("encoding", "dialect", "note") if key in source)
         typer.echo(f"  {source['file']}: {source['rows']} rows" + (f", {how}" if how else ""))

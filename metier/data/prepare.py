@@ -19,6 +19,7 @@ from metier import artifacts
 from metier.data.card import data_card
 from metier.data.clean import clean, resolve_contradictions
 from metier.data.lines import Source
+from metier.data.proposals import propose
 from metier.data.records import Record, Rejected, Rejection, build_record
 from metier.data.roles import Roles, find_roles
 from metier.data.sources import describe_source, find_sources, read_columns, read_rows
@@ -77,6 +78,7 @@ def prepare(recipe: Recipe, *, out: Path, progress: Callable[[str], None]) -> di
         "task": task,
         "labels": sorted({record.answer for record in records}) if task == "classification" else [],
         "roles": _describe(roles),
+        "columns": propose(sources[0], roles[sources[0]]),
         "cleaning": cleaned.report(recipe.clean),
         "sources": [
             {"file": source.name, "sha256": digests[source.name], **counts[source], **describe_source(source)}

@@ -42,8 +42,9 @@ class DataConfig(Section):
     text: str | None = Field(default=None, description="The column of plain text, for training on text alone.")
     group_id: str | None = Field(
         default=None,
-        description="The column that names the patient, client or category; no group crosses a split. "
-        "Without it, records with the same prompt stay together.",
+        description="The column that names the patient, client or category; no group crosses a split. Found by itself "
+        "when it has a name such as patient_id, 病历号, customer_id, document; `none` switches that off. Without "
+        "it, records with the same prompt stay together.",
     )
     task: Literal["auto", "classification", "generation"] = Field(
         default="auto",
