@@ -86,12 +86,15 @@ def clean_record(record: Record, config: CleanConfig) -> tuple[Record, set[str]]
     return tidy, rules
 
 
-def resolve_contradictions(cleaned: Cleaned, policy: str) -> None:
-    """Lists records of an equal input and different labels, and takes out what `policy` says; not from test files."""
+def contradictions(records: list[Record], policy: str, cleaned: Cleaned) -> list[Record]:
+    """What `policy` takes out of the records of an equal input and different labels, none of a test file's.
+
+    All such records are listed in `cleaned`.
+    """
     groups: dict[tuple[str, ...], list[Record]] = defaultdict(list)
-    for record in cleaned.records:
+    for record in records:
         groups[tuple(_SPACES.sub(" ", m["content"]).casefold() for m in record.messages[:-1])].append(record)
-    out: set[int] = set()
+    out: list[Record] = []
     for group in groups.values():
         labels = Counter(record.answer for record in group)
         if len(labels) < 2:
@@ -100,10 +103,8 @@ def resolve_contradictions(cleaned: Cleaned, policy: str) -> None:
         (first, most), (_, second) = labels.most_common(2)
         winner = first if policy == "majority" and most > second else None
         if policy != "keep":
-            out.update(id(r) for r in group if r.answer != winner and not r.source.is_test)
-    reason = "same prompt as a record with another label"
-    cleaned.rejected += [Rejection(r.source, r.row, reason) for r in cleaned.records if id(r) in out]
-    cleaned.records = [r for r in cleaned.records if id(r) not in out]
+            out += [record for record in group if record.answer != winner and not record.source.is_test]
+    return out
 
 
 def _refuse(record: Record, rules: set[str], config: CleanConfig) -> None:

@@ -19,7 +19,7 @@ _PATTERNS = {
     "control": r"[\x00-\x08\x0e-\x1f\x7f\u00ad\u200b\u2060\ufeff\ufffe\uffff\U000e0000-\U000e007f]",
     "direction": r"[\u200e\u200f\u202a-\u202e\u2066-\u2069]",
     "whitespace": r"\r\n?|[\x0b\x0c\x85\u2028\u2029]|[\u00a0\u1680\u2000-\u200a\u202f\u205f]",
-    "width": r"[\uff05\uff10-\uff19\uff21-\uff3a\uff41-\uff5a]|(?<=[0-9\uff10-\uff19])\uff0e(?=[0-9\uff10-\uff19])",
+    "width": r"[\uff05\uff0e\uff10-\uff19\uff21-\uff3a\uff41-\uff5a]",
     "html": r"&(?:#[0-9]{1,7}|#[xX][0-9a-fA-F]{1,6}|[a-zA-Z]{2,8}[0-9]?);"
     r"|</?(?:a|b|br|div|em|font|h[1-6]|hr|i|img|li|ol|p|span|strong|sub|sup|table|tbody|td|th|thead|tr|u|ul)"
     r"(?:\s[^<>]{0,500})?/?>|<!--.{0,2000}?-->",

@@ -24,8 +24,8 @@ class CleanConfig(Section):
     )
     width: bool = Field(
         default=True,
-        description="Write full-width letters, digits and percent signs as half-width ones, one for one. Chinese "
-        "punctuation stays.",
+        description="Write full-width letters, digits, percent signs and full stops (\uff0e) as half-width ones, "
+        "one for one. Chinese punctuation stays.",
     )
     html: bool = Field(
         default=False, description="Take out HTML tags and resolve character references such as `&amp;`. Off: counted."
