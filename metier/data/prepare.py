@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from metier import artifacts
+from metier.data.canaries import canaries_table, plant
 from metier.data.card import data_card
 from metier.data.lines import Source
 from metier.data.records import Record, Rejected, Rejection, build_record
@@ -58,6 +59,7 @@ def prepare(config: DataConfig, *, seed: int, out: Path, progress: Callable[[str
     task = _task(config, records)
     splits = _split(config, records, seed)
     table = records_table(records, splits, task)
+    canaries = canaries_table(config.canaries, seed) if config.canaries else None
     details: dict[str, Any] = {
         "counts": {what: sum(count[what] for count in counts.values()) for what in ("rows", "kept", "rejected")},
         "rejected_by_reason": dict(_by_reason(rejected)),
@@ -66,6 +68,7 @@ def prepare(config: DataConfig, *, seed: int, out: Path, progress: Callable[[str
         "task": task,
         "labels": sorted({record.answer for record in records}) if task == "classification" else [],
         "roles": _describe(roles),
+        "canaries_planted": 0 if canaries is None else int(canaries["repeats"].sum()),
         "sources": [
             {"file": source.name, "sha256": digests[source.name], **counts[source], "format": source.format}
             for source in sources
@@ -75,6 +78,9 @@ def prepare(config: DataConfig, *, seed: int, out: Path, progress: Callable[[str
     progress(f"{details['counts']['kept']:,} of {details['counts']['rows']:,} rows kept, {len(rejected):,} rejected")
     work = artifacts.work_folder(out, key)
     try:
+        if canaries is not None:
+            table = plant(table, canaries)
+            artifacts.write_atomic(work / "canaries.parquet", parquet_bytes(canaries))
         artifacts.write_atomic(work / "records.parquet", parquet_bytes(table))
         artifacts.write_atomic(work / "rejected.parquet", parquet_bytes(rejected_table(rejected)))
         artifacts.write_atomic(work / "DATA_CARD.md", data_card(details).encode())

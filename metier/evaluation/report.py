@@ -17,7 +17,7 @@ import numpy as np
 
 from metier import artifacts
 from metier.errors import RunError
-from metier.evaluation import metrics, plots, texts
+from metier.evaluation import overlap, plots, texts
 from metier.evaluation.texts import Language, show, show_delta, words
 
 EXAMPLES = 8
@@ -129,9 +129,9 @@ def _controls(found: Run) -> list[dict[str, Any]]:
     table = words(found.language)
     rows = []
     for name, control in found.evidence["controls"].items():
-        row = {"name": table[name], "accuracy": show("accuracy", control["accuracy"]), "outcome": control["outcome"]}
-        rows.append({**row, "key": name, "macro_f1": show("macro_f1", control["macro_f1"]),
-                     **_difference(found, "accuracy", control)})  # fmt: skip
+        metric = control["metric"]
+        rows.append({"key": name, "name": table[name], "value": show(metric, control[metric]),
+                     "outcome": control["outcome"], **_difference(found, metric, control)})  # fmt: skip
     return rows
 
 
@@ -167,7 +167,7 @@ def _change(item: dict[str, Any]) -> float:
     if item["base_completion"] is None:
         return 0.0
     sides = [item["adapter_completion"], item["base_completion"]]
-    adapter, base = metrics.chrf(metrics.chrf_statistics(sides, [item["reference"]] * 2))
+    adapter, base = overlap.chrf(overlap.chrf_statistics(sides, [item["reference"]] * 2))
     return float(adapter - base)
 
 

@@ -22,7 +22,7 @@ Row = dict[str, Any]
 SCHEMA = {
     "record_id": pl.String, "split": pl.String, "group_id": pl.String,
     "messages": pl.List(pl.Struct({"role": pl.String, "content": pl.String})),
-    "label": pl.String, "language": pl.String,
+    "label": pl.String, "language": pl.String, "source_file": pl.String,
 }  # fmt: skip
 
 
@@ -43,7 +43,7 @@ def classified(n: int, split: str, labels: list[str], language: str = "en", prom
     return [
         {
             "record_id": f"{split}-{i:04d}", "split": split, "group_id": None, "language": language,
-            "label": labels[i % len(labels)],
+            "label": labels[i % len(labels)], "source_file": "notes.csv",
             "messages": [
                 {"role": "user", "content": f"{prompt} {i} kind{i % len(labels)}"},
                 {"role": "assistant", "content": labels[i % len(labels)]},
@@ -98,7 +98,7 @@ def judge(run: Path, specialist: Specialist, out: str = "evidence", **settings: 
     """Evaluates a run with few resamples and returns the manifest."""
     from metier.evaluation.evaluate import evaluate
 
-    config = EvaluateConfig(**{"bootstrap_samples": 200, **settings})
+    config = EvaluateConfig(**{"bootstrap_samples": 200, "forgetting": False, "memorisation_items": 20, **settings})
     return evaluate(
         specialist, dataset=run / "dataset", adapter=run / "adapter", config=config, seed=3, out=run / out, key="key",
         progress=lambda what, done, total: None,

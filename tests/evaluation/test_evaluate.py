@@ -14,7 +14,7 @@ from sklearn.metrics import accuracy_score
 
 from metier.artifacts import is_current, read_manifest
 from metier.errors import DataError, ModelError, RecipeError, RunError
-from metier.evaluation.tasks import Item, choose_items
+from metier.evaluation.items import Item, choose_items
 from metier.model.specialist import Specialist
 
 from .conftest import Row, classified, judge
