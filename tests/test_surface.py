@@ -18,13 +18,14 @@ PUBLIC_NAMES = ["Recipe", "evaluate", "load", "prepare", "run", "train"]
 RECIPE_KEYS = """
     base revision out preset seed
     data.sources data.test_sources data.prompt data.answer data.system data.messages data.text data.group_id data.task
-    data.val data.test
+    data.val data.test data.canaries
     adapter.rank adapter.alpha adapter.target_modules adapter.dropout adapter.bias adapter.use_rslora
     train.epochs train.max_steps train.micro_batch_size train.grad_accum_steps train.micro_batch_tokens
     train.max_seq_len train.over_length train.train_on train.learning_rate train.min_learning_rate train.warmup_ratio
     train.weight_decay train.max_grad_norm train.precision train.device train.log_every train.eval_every
     train.save_every train.report_to
     evaluate.tasks evaluate.max_items evaluate.max_new_tokens evaluate.bootstrap_samples
+    evaluate.smallest_effect evaluate.few_shot evaluate.forgetting evaluate.memorisation_items evaluate.gates
 """
 
 DECODING = "--max-new-tokens --seed --temperature --top-p"
@@ -36,6 +37,8 @@ COMMANDS = {
     "train": "recipe --out --set",
     "evaluate": "recipe --out --set",
     "generate": f"run --base --prompt --system {DECODING}",
+    "compare": "runs --csv",
+    "verify": "run --head",
     "chat": f"run --base --system {DECODING}",
 }
 

@@ -48,10 +48,13 @@ class Questions:
 
 
 class AnswerCache:
-    """Answers on disk, one JSON line each, under the digest of what was asked. A torn last line is dropped."""
+    """Answers on disk, one JSON line each, under the digest of what was asked. A torn last line is dropped.
 
-    def __init__(self, path: Path) -> None:
-        self.path = path
+    `model` says where the answers come from: device and precision; another one asks anew.
+    """
+
+    def __init__(self, path: Path, model: list[str]) -> None:
+        self.path, self.model = path, model
         self._found: dict[str, Any] = {}
         whole = b""
         for line in path.read_bytes().splitlines(keepends=True) if path.exists() else []:
@@ -61,11 +64,12 @@ class AnswerCache:
             self._found[entry["key"]] = entry["value"]
             whole += line
         with disk_errors(path):
+            path.parent.mkdir(exist_ok=True)
             path.write_bytes(whole)
 
     def get(self, asked: Any, answer: Callable[[], Any]) -> Any:
         """The stored answer to `asked` (a JSON value), or that of `answer()`, which is then stored."""
-        key = digest_json(asked)
+        key = digest_json([self.model, asked])
         if key not in self._found:
             self._found[key] = value = answer()
             with disk_errors(self.path), self.path.open("a", encoding="utf-8") as file:

@@ -22,9 +22,14 @@ HUB_METRICS = {"accuracy_generated": "accuracy", "macro_f1": "f1", "bits_per_byt
 
 def write_card(run: Path) -> Path:
     """Writes `run`/MODEL_CARD.md and returns its path; `RunError` when the run has no evidence yet."""
-    found = read_run(run)
+    path = run / "MODEL_CARD.md"
+    artifacts.write_atomic(path, render_card(read_run(run), run.resolve().name).encode())
+    return path
+
+
+def render_card(found: Run, name: str) -> str:
+    """The card's text; `name` is the adapter's, by default its run's folder."""
     table = words(found.language)
-    name = run.resolve().name
     heading = table["card_title"].format(name=name, base=found.base_name)
     counts, splits = found.data["counts"], found.data["splits"]
     sections = [
@@ -43,10 +48,8 @@ def write_card(run: Path) -> Path:
         _code(shlex.quote(name), table["card_prompt"]),
     ]
     front = yaml.safe_dump(_front_matter(found, name), sort_keys=False, allow_unicode=True)
-    path = run / "MODEL_CARD.md"
     body = "\n\n".join(sections)
-    artifacts.write_atomic(path, f"---\n{front}---\n\n{body}\n".encode())
-    return path
+    return f"---\n{front}---\n\n{body}\n"
 
 
 def _front_matter(found: Run, name: str) -> dict[str, Any]:

@@ -10,6 +10,7 @@ The same inputs give the same bytes: no times are written here, and floats are r
 
 from __future__ import annotations
 
+import contextlib
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -35,7 +36,8 @@ from metier.recipe import EvaluateConfig
 if TYPE_CHECKING:
     from metier.model.specialist import Specialist
 
-ANSWERS = "answers.jsonl"
+# Not part of the result: what was answered so far, kept for a later evaluation of the same adapter.
+ANSWERS = "checkpoints/answers.jsonl"
 
 
 def evaluate(
@@ -68,7 +70,8 @@ def evaluate(
         few_shot=turns,
     )
     work = artifacts.work_folder(out, key)
-    cache = AnswerCache(work / ANSWERS)
+    _carry_answers(out, work, training["digest"])
+    cache = AnswerCache(work / ANSWERS, model=[str(specialist.base.device), str(specialist.base.dtype)])
     sides, few_shot = ask(specialist, items, questions, cache=cache, progress=progress)
     _write(work / "items.parquet", items_table(items, sides, few_shot))
     rows = ask_probes(specialist, cache, progress) if config.forgetting else []
@@ -82,7 +85,6 @@ def evaluate(
         asked=Asked(tasks, max_new_tokens, left_out, sum(m["role"] == "user" for m in turns)), config=config, seed=seed,
     )  # fmt: skip
     artifacts.write_json(work / "evidence.json", evidence)
-    (work / ANSWERS).unlink()
     progress("intervals", 1, 1)
     return artifacts.complete(
         work, out, kind="evidence", key=key, config=config.model_dump(mode="json"),
@@ -161,6 +163,16 @@ def _refuse_gates_without_measure(config: EvaluateConfig, dataset: Path) -> None
         raise RecipeError("`evaluate.gates` limits membership_auc, and `evaluate.memorisation_items` is 0")
     if "forgetting" in config.gates and not config.forgetting:
         raise RecipeError("`evaluate.gates` limits forgetting, and `evaluate.forgetting` is false")
+
+
+def _carry_answers(out: Path, work: Path, adapter: str) -> None:
+    """Takes over what the same adapter answered in an earlier evaluation with other settings."""
+    earlier = artifacts.read_manifest(out)
+    if earlier and earlier["parents"].get("adapter") == adapter and not (work / ANSWERS).exists():
+        with artifacts.disk_errors(work), contextlib.suppress(FileNotFoundError):
+            data = (out / ANSWERS).read_bytes()
+            (work / ANSWERS).parent.mkdir(exist_ok=True)
+            artifacts.write_atomic(work / ANSWERS, data)
 
 
 def _write(path: Path, table: Any) -> None:

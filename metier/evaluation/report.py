@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import statistics
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -37,10 +37,11 @@ class Run:
     items: list[dict[str, Any]]
     base_name: str
     languages: list[str]
+    speaks: Language | None = None
 
     @property
     def language(self) -> Language:
-        return "zh" if self.languages[:1] == ["zh"] else "en"
+        return self.speaks or ("zh" if self.languages[:1] == ["zh"] else "en")
 
 
 def read_run(run: Path) -> Run:
@@ -74,17 +75,33 @@ def read_run(run: Path) -> Run:
     )
 
 
-def write_report(run: Path) -> Path:
-    """Writes `run`/report.html and returns its path; `RunError` when the run has no evidence yet."""
+def write_report(run: Path) -> list[str]:
+    """Writes `run`/report.html in the language of the records, and report.en.html or report.zh.html in the other.
+
+    Returns their names; raises `RunError` when the run has no evidence yet.
+    """
+    made = pages(read_run(run))
+    for name, page in made.items():
+        artifacts.write_atomic(run / name, page.encode())
+    return list(made)
+
+
+def pages(found: Run) -> dict[str, str]:
+    """The report's text in both languages, by file name."""
+    other: Language = "en" if found.language == "zh" else "zh"
+    return {"report.html": render(found), f"report.{other}.html": render(replace(found, speaks=other))}
+
+
+def render(found: Run) -> str:
+    """The report as HTML, in the language that `found` speaks."""
     import jinja2
 
-    found = read_run(run)
     loader = jinja2.FileSystemLoader(Path(__file__).parent / "templates")
     environment = jinja2.Environment(
         loader=loader, autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
     environment.filters.update(clip=_clip, svg=_safe_svg)
-    page = environment.get_template("report.html.j2").render(
+    return environment.get_template("report.html.j2").render(
         t=words(found.language),
         language=found.language,
         run=found,
@@ -100,9 +117,6 @@ def write_report(run: Path) -> Path:
         cost=_cost(found),
         cut_at=EXAMPLE_CHARACTERS,
     )
-    path = run / "report.html"
-    artifacts.write_atomic(path, page.encode())
-    return path
 
 
 def _results(found: Run) -> list[dict[str, Any]]:

@@ -11,7 +11,7 @@ import polars as pl
 import pytest
 import torch
 
-from metier.artifacts import complete, work_folder
+from metier.artifacts import complete, read_manifest, work_folder
 from metier.model.load import Base
 from metier.model.lora import attach, save_adapter
 from metier.model.specialist import Specialist
@@ -69,27 +69,32 @@ def write_dataset(folder: Path, rows: list[Row], task: str) -> Path:
     return folder
 
 
+def build_run(run: Path, specialist: Specialist, rows: list[Row], task: str = "classification") -> Path:
+    """A run's folder with dataset and adapter; evaluation is the test's part."""
+    run.mkdir()
+    write_dataset(run / "dataset", rows, task)
+    work = work_folder(run / "adapter", "key")
+    assert specialist.adapter is not None
+    save_adapter(work, specialist.adapter, specialist.adapter.tensors(), base="tiny", revision=None)
+    lines = [
+        '{"step": 1, "loss": 2.5, "learning_rate": 0.001, "tok_per_sec": 900.0}',
+        '{"step": 1, "val_loss": 2.6}',
+    ]
+    (work / "metrics.jsonl").write_text("\n".join(lines) + "\n")
+    parents = {"dataset": (read_manifest(run / "dataset") or {})["digest"]}
+    complete(
+        work, run / "adapter", kind="adapter", key="key", config={}, parents=parents, started=time.time(),
+        details={"steps": 1, "trainable_parameters": 4096, "base": {"name": "/home/someone/models/tiny"}},
+    )  # fmt: skip
+    return run
+
+
 @pytest.fixture
 def make_run(tmp_path: Path, specialist: Specialist) -> Callable[..., Path]:
-    """Makes a run's folder with dataset and adapter; evaluation is the test's part."""
+    """Makes a run's folder with dataset and adapter."""
 
     def make(rows: list[Row], task: str = "classification", name: str = "run") -> Path:
-        run = tmp_path / name
-        run.mkdir()
-        write_dataset(run / "dataset", rows, task)
-        work = work_folder(run / "adapter", "key")
-        assert specialist.adapter is not None
-        save_adapter(work, specialist.adapter, specialist.adapter.tensors(), base="tiny", revision=None)
-        lines = [
-            '{"step": 1, "loss": 2.5, "learning_rate": 0.001, "tok_per_sec": 900.0}',
-            '{"step": 1, "val_loss": 2.6}',
-        ]
-        (work / "metrics.jsonl").write_text("\n".join(lines) + "\n")
-        complete(
-            work, run / "adapter", kind="adapter", key="key", config={}, parents={}, started=time.time(),
-            details={"steps": 1, "trainable_parameters": 4096, "base": {"name": "/home/someone/models/tiny"}},
-        )  # fmt: skip
-        return run
+        return build_run(tmp_path / name, specialist, rows, task)
 
     return make
 
