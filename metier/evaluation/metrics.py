@@ -25,7 +25,8 @@ PUNCTUATION = str.maketrans("。、；：“”‘’「」『』《》〈〉【
 # Han, kana and hangul: written without spaces, or with spaces that mean little.
 CJK = r"\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uac00-\ud7af\uf900-\ufaff\U00020000-\U0003ffff"
 _TOKEN = re.compile(f"[{CJK}]|[^\\W_{CJK}]+")
-_SPACE_BESIDE_HAN = re.compile(f"(?<=[{CJK}]) (?=[{CJK}])")
+_HAS_CJK = re.compile(f"[{CJK}]")
+_SPACE_BUT_BETWEEN_WORDS = re.compile(r"(?<![a-z0-9]) | (?![a-z0-9])")
 
 
 @dataclass(frozen=True)
@@ -48,9 +49,12 @@ class Metric:
 
 def normalise(text: str) -> str:
     """The form in which answers are compared: NFKC (full width becomes half width), Chinese punctuation as
-    ASCII, no case, single spaces and none between Han characters, no full stop at the end."""
+    ASCII, no case, single spaces, no full stop at the end; in text with Chinese, spaces between Latin words alone."""
     folded = unicodedata.normalize("NFKC", text).translate(PUNCTUATION).casefold()
-    return _SPACE_BESIDE_HAN.sub("", " ".join(folded.split())).rstrip(".").rstrip()
+    folded = " ".join(folded.split())
+    if _HAS_CJK.search(folded):
+        folded = _SPACE_BUT_BETWEEN_WORDS.sub("", folded)
+    return folded.rstrip(".").rstrip()
 
 
 def tokens(text: str) -> list[str]:

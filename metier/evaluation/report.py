@@ -17,7 +17,7 @@ import numpy as np
 
 from metier import artifacts
 from metier.errors import RunError
-from metier.evaluation import overlap, plots, texts
+from metier.evaluation import overlap, plots, sections, texts
 from metier.evaluation.texts import Language, show, show_delta, words
 
 EXAMPLES = 8
@@ -110,7 +110,13 @@ def render(found: Run) -> str:
         limits=texts.limits(found.evidence, found.language),
         results=_results(found),
         controls=_controls(found),
-        by_language=_by_language(found),
+        slices=sections.slice_rows(found.evidence, found.language),
+        forgetting=sections.cost_rows(found.evidence["forgetting"], found.language),
+        behaviour=sections.cost_rows(found.evidence["behaviour"], found.language),
+        memory=sections.memory_rows(found.evidence, found.language),
+        gates=sections.gate_rows(found.evidence, found.language),
+        calibration=sections.calibration_text(found.evidence, found.language),
+        without_repeats=_without_repeats(found),
         examples=_examples(found),
         figures=_figures(found),
         key=[label for label, _ in _top_labels(found)],
@@ -139,6 +145,12 @@ def _difference(found: Run, metric: str, result: dict[str, Any]) -> dict[str, st
     return {"delta": show_delta(metric, result["delta"], found.language), "low": low, "high": high}
 
 
+def _without_repeats(found: Run) -> dict[str, Any] | None:
+    result = found.evidence["without_repeats"]
+    metric = found.evidence["verdict"]["primary_metric"]
+    return sections.compared(metric, result, found.language) if result else None
+
+
 def _controls(found: Run) -> list[dict[str, Any]]:
     table = words(found.language)
     rows = []
@@ -147,16 +159,6 @@ def _controls(found: Run) -> list[dict[str, Any]]:
         rows.append({"key": name, "name": table[name], "value": show(metric, control[metric]),
                      "outcome": control["outcome"], **_difference(found, metric, control)})  # fmt: skip
     return rows
-
-
-def _by_language(found: Run) -> list[dict[str, Any]]:
-    metric = found.evidence["verdict"]["primary_metric"]
-    table = words(found.language)
-    return [
-        {"name": table.get(f"language_{code}", code), "n": entry["n"],
-         "base": show(metric, entry["base"]), "adapter": show(metric, entry["adapter"])}
-        for code, entry in found.evidence["slices"]["language"].items()
-    ]  # fmt: skip
 
 
 def _examples(found: Run) -> dict[str, list[dict[str, Any]]]:
@@ -216,6 +218,14 @@ def _figures(found: Run) -> dict[str, str]:
         figures["confusion"] = plots.confusion_chart(
             "confusion", _confusion(found, [label for label, _ in top]), description=table["fig_confusion"]
         )
+    if found.evidence["calibration"]:
+        curves = [
+            (table[name], found.evidence["calibration"][side]["bins"])
+            for name, side in (("base_model", "base"), ("specialised", "adapter"))
+        ]
+        figures["calibration"] = plots.reliability_chart(
+            "calibration", curves, x_label=table["confidence"], description=table["fig_calibration"]
+        )
     lines = [(table[key], *_series(found.curve, key)) for key in ("loss", "val_loss")]
     lines = [line for line in lines if line[1]]
     if lines:
@@ -250,6 +260,7 @@ def _cost(found: Run) -> list[tuple[str, str]]:
     seconds = found.training.get("train_seconds", found.training["timing"]["seconds"])
     spent = ("minutes", f"{seconds / 60:,.1f}") if seconds >= 120 else ("seconds", f"{seconds:,.0f}")
     rows.append((table["time"], table[spent[0]].format(value=spent[1])))
+    rows.append((table["energy"], sections.energy(found.training, seconds, found.language)))
     speeds = _series(found.curve, "tok_per_sec")[1]
     if speeds:
         rows.append((table["speed"], f"{statistics.median(speeds):,.0f}"))

@@ -100,7 +100,7 @@ def test_report_ids_are_unique_and_every_figure_and_table_has_a_caption(make_run
     page = Page(report(make_run(rows(["a", "b", "c"])), specialist))
     ids = [value for name, value in page.attributes if name == "id"]
     assert len(ids) == len(set(ids))
-    assert page.tags.count("figure") == page.tags.count("figcaption") == page.tags.count("svg") == 5
+    assert page.tags.count("figure") == page.tags.count("figcaption") == page.tags.count("svg") == 6
     assert page.tags.count("table") == page.tags.count("caption")
     references = re.findall(
         r'url\(#([^)]+)\)|xlink:href="#([^"]+)"', (" ".join(f'{n}="{v}"' for n, v in page.attributes))
