@@ -31,7 +31,7 @@ Progress = Callable[[str, int, int], None]
 LONGEST_ANSWER = 512
 # Free tokens beyond the longest reference, so that a wordier answer is not cut into a wrong one.
 SPARE_TOKENS = 8
-CHUNK = 128
+CHUNK = 64
 BATCH = 32
 _OPTION = re.compile(r"(?:^|\s)[(（]?([A-Ha-h])\s*[.)）:、．：]", re.MULTILINE)
 
