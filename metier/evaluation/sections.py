@@ -33,7 +33,7 @@ def slice_rows(evidence: dict[str, Any], language: Language) -> list[Row]:
             chosen = list(found.items()) if len(found) > 1 else []
         for name, entry in chosen:
             shown = table.get(f"{kind}_{name}", name) if kind in ("language", "length") else name
-            rows.append({"kind": table[f"slice_{kind}"], "name": shown, "n": entry["n"],
+            rows.append({"kind": table[f"slice_{kind}"], "name": shown, "n": entry["n"], "lower": False,
                          **compared(metric, entry, language)})  # fmt: skip
     return rows
 

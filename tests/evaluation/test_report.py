@@ -59,11 +59,13 @@ class Page(HTMLParser):
 
 def rows(labels: list[str], language: str = "en") -> list[Row]:
     prompt = f"{HOSTILE[0]} {HOSTILE[1]} {'long ' * 80}"
-    return [
+    made = [
         *classified(60, "train", labels, language),
         *classified(6, "val", labels, language),
         *classified(48, "test", labels, language, prompt=prompt),
     ]
+    # Two sources, so that there are slices, one with a hostile name.
+    return [{**row, "source_file": ("a.csv", HOSTILE[1])[i % 2]} for i, row in enumerate(made)]
 
 
 def report(run: Path, specialist: Specialist) -> str:
