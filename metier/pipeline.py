@@ -16,6 +16,7 @@ from metier.artifacts import (
     MANIFEST,
     STAGES,
     append_audit,
+    audit_artifacts,
     digest_file,
     digest_json,
     is_current,
@@ -84,6 +85,7 @@ def evaluate(recipe: Recipe, ui: Ui | None = None) -> Path:
 def _run_folder(recipe: Recipe, ui: Ui | None) -> Iterator[tuple[Path, Ui]]:
     out = Path(recipe.out)
     with lock_run(out):
+        audit_artifacts(out, recovered=True)  # of what was completed just before a kill
         yield out, ui or Silent()
         _store(recipe, out)
 
@@ -91,13 +93,13 @@ def _run_folder(recipe: Recipe, ui: Ui | None) -> Iterator[tuple[Path, Ui]]:
 def _prepare(recipe: Recipe, out: Path, ui: Ui) -> None:
     from metier.data.prepare import dataset_key, prepare
 
-    key = dataset_key(recipe.data, recipe.seed)
+    key = dataset_key(recipe, out / "dataset")
     if is_current(out / "dataset", key):
         ui.say("dataset: up to date")
         return
-    manifest = prepare(recipe.data, seed=recipe.seed, out=out / "dataset", progress=ui.say)
+    prepare(recipe, out=out / "dataset", progress=ui.say)
     _store(recipe, out)
-    append_audit(out, "prepare", digest=manifest["digest"], counts=manifest["counts"])
+    audit_artifacts(out)
 
 
 def _train(recipe: Recipe, out: Path, ui: Ui) -> None:
@@ -121,12 +123,12 @@ def _train(recipe: Recipe, out: Path, ui: Ui) -> None:
     dtype = resolve_precision(recipe.train.precision, device)
     ui.say(f"training on {device.type} in {str(dtype).removeprefix('torch.')}")
     base = load_base(recipe.base, revision=recipe.revision, dtype=dtype, device=device, progress=ui.say)
-    manifest = train(
+    train(
         base, recipe.adapter, recipe.train, dataset=out / "dataset", out=out / "adapter", seed=recipe.seed, key=key,
         report=ui.progress, say=ui.say,
     )  # fmt: skip
     _store(recipe, out)
-    append_audit(out, "train", digest=manifest["digest"], parents=manifest["parents"])
+    audit_artifacts(out)
 
 
 def _evaluate(recipe: Recipe, out: Path, ui: Ui) -> None:
@@ -156,15 +158,15 @@ def _evaluate(recipe: Recipe, out: Path, ui: Ui) -> None:
         from metier.model.specialist import load
 
         specialist = load(out, device=recipe.train.device, say=ui.say)
-        manifest = evaluate(
+        evaluate(
             specialist, dataset=out / "dataset", adapter=out / "adapter", config=recipe.evaluate, seed=recipe.seed,
             out=out / "evidence", key=key, progress=ui.progress,
         )  # fmt: skip
-        files = _digests(out, [f"{stage}/{MANIFEST}" for stage in STAGES])
-        append_audit(out, "evaluate", digest=manifest["digest"], parents=manifest["parents"], files=files)
+        audit_artifacts(out)
     _store(recipe, out)
     write_card(out)
-    append_audit(out, "report", files=_digests(out, ["MODEL_CARD.md", *write_report(out)]))
+    names = [*write_report(out), "MODEL_CARD.md", *(f"{stage}/{MANIFEST}" for stage in STAGES)]
+    append_audit(out, "report", files=_digests(out, names))
     _enforce_gates(out)
 
 
@@ -177,7 +179,7 @@ def _enforce_gates(out: Path) -> None:
     evidence = json.loads((out / "evidence" / "evidence.json").read_text(encoding="utf-8"))
     failed = [gate for gate in evidence["gates"] if not gate["passed"]]
     if failed:
-        words = "; ".join(f"{g['name']} is {g['value']:.3g}, the limit is {g['limit']:.3g}" for g in failed)
+        words = "; ".join(f"{g['name']} is {g['value']}, the limit is {g['limit']}" for g in failed)
         raise RunError(f"the adapter does not pass the recipe's gates: {words}", hint=f"`{out / 'report.html'}` tells")
 
 

@@ -40,7 +40,8 @@ def plant(records: polars.DataFrame, canaries: polars.DataFrame) -> polars.DataF
     for canary in canaries.iter_rows(named=True):
         for time in range(canary["repeats"]):
             rows.append(
-                {
+                dict.fromkeys(records.schema)
+                | {
                     "record_id": f"{canary['canary_id']}-{time:02d}", "split": "train", "group_id": None,
                     "messages": [
                         {"role": "user", "content": canary["prompt"]},

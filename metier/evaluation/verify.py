@@ -119,24 +119,15 @@ def _check_audit(run: Path, head: str | None) -> tuple[str, list[str]]:
     path = run / "audit.jsonl"
     if not path.is_file():
         return "", ["audit.jsonl: missing"]
-    previous, problems = "0" * 64, []
-    last: dict[str, dict[str, Any]] = {}
-    heads = set()
-    for number, line in enumerate(path.read_bytes().splitlines(keepends=True), 1):
-        try:
-            entry = json.loads(line)
-            chained, action = entry["previous"], entry["action"]
-        except (ValueError, KeyError, TypeError):
-            problems.append(f"audit.jsonl, line {number}: not an entry")
-            break
-        if chained != previous:
-            problems.append(f"audit.jsonl, line {number}: the line before it is not the one that it was written after")
-        previous = artifacts.digest_bytes(line)
-        heads.add(previous)
-        last[action] = entry
+    problems = artifacts.check_audit(run)
+    lines = path.read_bytes().splitlines(keepends=True)
+    heads = [artifacts.digest_bytes(line) for line in lines]
     if head is not None and head not in heads:
         problems.append("audit.jsonl: the head that was noted is not in the chain")
-    return previous, problems + _check_named(run, last)
+    if any(p.startswith("audit.jsonl") for p in problems):
+        return heads[-1] if heads else "", problems
+    last = {entry["action"]: entry for entry in map(json.loads, lines)}
+    return heads[-1] if heads else "", problems + _check_named(run, last)
 
 
 def _check_named(run: Path, last: dict[str, dict[str, Any]]) -> list[str]:
@@ -146,9 +137,7 @@ def _check_named(run: Path, last: dict[str, dict[str, Any]]) -> list[str]:
         manifest = artifacts.read_manifest(run / stage) or {}
         if action in last and last[action].get("digest") != manifest["digest"]:
             problems.append(f"audit.jsonl: the last `{action}` made another {stage} than the one that is there")
-    named = {
-        k: v for action in ("evaluate", "report", "recipe") for k, v in last.get(action, {}).get("files", {}).items()
-    }
+    named = {k: v for action in ("report", "recipe") for k, v in last.get(action, {}).get("files", {}).items()}
     for name, digest in named.items():
         if not (run / name).is_file():
             problems.append(f"{name}: missing")

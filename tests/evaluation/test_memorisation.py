@@ -20,7 +20,7 @@ from metier.evaluation.memorisation import (
     near_duplicates,
     repeats_in_train,
 )
-from metier.recipe import DataConfig
+from metier.recipe import DataConfig, Recipe
 
 
 def alone(n: int, name: str = "r") -> list[str]:
@@ -109,13 +109,14 @@ def test_repeats_are_found_exactly_by_width_and_nearly() -> None:
 def test_canaries_are_planted_as_often_as_they_say_and_nowhere_else(tmp_path: Path) -> None:
     rows = [f"question {i},{'yes' if i % 2 else 'no'}" for i in range(60)]
     (tmp_path / "data.csv").write_text("prompt,answer\n" + "\n".join(rows) + "\n")
-    config = DataConfig(sources=[str(tmp_path / "data.csv")], canaries=3)
-    manifest = prepare(config, seed=0, out=tmp_path / "dataset", progress=lambda text: None)
+    data = DataConfig(sources=[str(tmp_path / "data.csv")], canaries=3)
+    recipe = Recipe(base="tiny", out=str(tmp_path), data=data)
+    manifest = prepare(recipe, out=tmp_path / "dataset", progress=lambda text: None)
     records = pl.read_parquet(tmp_path / "dataset" / "records.parquet")
     canaries = pl.read_parquet(tmp_path / "dataset" / "canaries.parquet")
     planted = records.filter(pl.col("source_file") == "canary")
     assert set(planted["split"]) == {"train"}
-    assert manifest["canaries_planted"] == len(planted) == 3 * (0 + 1 + 4 + 16)
+    assert len(planted) == 3 * (0 + 1 + 4 + 16)
     assert manifest["labels"] == ["no", "yes"]
     assert canaries["prompt"].n_unique() == len(canaries) == 12
     times = planted.with_columns(pl.col("messages").list.first().struct.field("content").alias("prompt"))

@@ -32,10 +32,9 @@ def original(tmp_path_factory: pytest.TempPathFactory, specialist: Specialist) -
     for stage, action in (("dataset", "prepare"), ("adapter", "train")):
         artifacts.append_audit(run, action, digest=(artifacts.read_manifest(run / stage) or {})["digest"])
     manifest = judge(run, specialist, forgetting=True)
-    files = {f"{s}/manifest.json": artifacts.digest_file(run / s / "manifest.json") for s in artifacts.STAGES}
-    artifacts.append_audit(run, "evaluate", digest=manifest["digest"], files=files)
+    artifacts.append_audit(run, "evaluate", digest=manifest["digest"])
     write_card(run)
-    pages = ["MODEL_CARD.md", "recipe.yaml", *write_report(run)]
+    pages = ["MODEL_CARD.md", "recipe.yaml", *write_report(run), *(f"{s}/manifest.json" for s in artifacts.STAGES)]
     artifacts.append_audit(run, "report", files={name: artifacts.digest_file(run / name) for name in pages})
     return run
 
@@ -84,11 +83,9 @@ def remake(finished: Path, change: Callable[[dict[str, Any]], None]) -> list[str
     carried = {n: f["sha256"] for n, f in manifest["files"].items()}
     manifest["digest"] = artifacts.digest_json(["evidence", manifest["parents"], carried])
     artifacts.write_json(finished / "evidence" / "manifest.json", manifest)
-    name = "evidence/manifest.json"
-    files = {name: artifacts.digest_file(finished / name)}
-    artifacts.append_audit(finished, "evaluate", digest=manifest["digest"], files=files)
+    artifacts.append_audit(finished, "evaluate", digest=manifest["digest"])
     write_card(finished)
-    pages = ["MODEL_CARD.md", *write_report(finished)]
+    pages = ["MODEL_CARD.md", *write_report(finished), *(f"{s}/manifest.json" for s in artifacts.STAGES)]
     artifacts.append_audit(finished, "report", files={n: artifacts.digest_file(finished / n) for n in pages})
     return verify(finished).problems
 
