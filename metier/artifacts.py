@@ -30,9 +30,8 @@ LOGS = ("metrics.jsonl",)
 LIBRARIES = ("torch", "transformers", "tokenizers", "safetensors", "numpy", "polars")
 STAGES = ("dataset", "adapter", "evidence")
 # All that a run's folder holds, but for what is hidden while a stage or a write is at work.
-RUN_NAMES = {"recipe.yaml", ".lock", *STAGES, "report.html", "MODEL_CARD.md", "audit.jsonl", "tensorboard"} | {
-    "forgotten.json"
-}
+PAGES = ("report.html", "report.en.html", "report.zh.html", "MODEL_CARD.md")
+RUN_NAMES = {"recipe.yaml", ".lock", *STAGES, *PAGES, "audit.jsonl", "tensorboard", "forgotten.json"}
 AT_WORK = (".partial", ".old", ".tmp")
 
 

@@ -7,14 +7,18 @@ from the same parents with the same settings. Stages know nothing of each other;
 from __future__ import annotations
 
 import contextlib
+import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Protocol
 
 from metier.artifacts import (
     MANIFEST,
+    STAGES,
+    append_audit,
     audit_artifacts,
     damaged_file,
+    digest_file,
     digest_json,
     is_current,
     is_whole,
@@ -145,6 +149,7 @@ def _evaluate(recipe: Recipe, out: Path, ui: Ui) -> None:
     is_judged = is_current(out / "evidence", key)
     if is_judged and _is_reported(out):
         ui.say("evidence: up to date")
+        _enforce_gates(out)
         return
     from metier.evaluation.card import write_card
     from metier.evaluation.evaluate import evaluate
@@ -161,7 +166,22 @@ def _evaluate(recipe: Recipe, out: Path, ui: Ui) -> None:
         audit_artifacts(out)
     _store(recipe, out)
     write_card(out)
-    write_report(out)
+    names = [*write_report(out), "MODEL_CARD.md", *(f"{stage}/{MANIFEST}" for stage in STAGES)]
+    append_audit(out, "report", files=_digests(out, names))
+    _enforce_gates(out)
+
+
+def _digests(out: Path, names: list[str]) -> dict[str, str]:
+    return {name: digest_file(out / name) for name in names}
+
+
+def _enforce_gates(out: Path) -> None:
+    """Raises `RunError` when a limit of `evaluate.gates` was exceeded; evidence and report are there to read."""
+    evidence = json.loads((out / "evidence" / "evidence.json").read_text(encoding="utf-8"))
+    failed = [gate for gate in evidence["gates"] if not gate["passed"]]
+    if failed:
+        words = "; ".join(f"{g['name']} is {g['value']}, the limit is {g['limit']}" for g in failed)
+        raise RunError(f"the adapter does not pass the recipe's gates: {words}", hint=f"`{out / 'report.html'}` tells")
 
 
 def _is_reported(out: Path) -> bool:
@@ -188,3 +208,4 @@ def _store(recipe: Recipe, out: Path) -> None:
     path, text = out / "recipe.yaml", recipe.to_yaml().encode()
     if not path.exists() or path.read_bytes() != text:
         write_atomic(path, text)
+        append_audit(out, "recipe", files=_digests(out, ["recipe.yaml"]))

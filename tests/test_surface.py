@@ -19,7 +19,7 @@ RECIPE_KEYS = """
     base revision out preset seed domain
     data.sources data.test_sources data.encoding data.header_line data.passage_chars
     data.prompt data.answer data.system data.messages data.text data.group_id data.task
-    data.val data.test
+    data.val data.test data.canaries
     clean.control clean.whitespace clean.width clean.html clean.script clean.mojibake clean.boilerplate
     clean.min_chars clean.max_chars clean.languages clean.contradictions
     dedup.exact dedup.near dedup.threshold dedup.benchmarks
@@ -31,6 +31,7 @@ RECIPE_KEYS = """
     train.weight_decay train.max_grad_norm train.precision train.device train.log_every train.eval_every
     train.save_every train.report_to
     evaluate.tasks evaluate.max_items evaluate.max_new_tokens evaluate.bootstrap_samples
+    evaluate.smallest_effect evaluate.few_shot evaluate.forgetting evaluate.memorisation_items evaluate.gates
     serve.redact serve.notice serve.refuse
 """
 
@@ -47,6 +48,8 @@ COMMANDS = {
     "generate": f"run --base --prompt --system {DECODING}",
     "serve": "runs --host --port --api-key-file --guard --max-batch --max-new-tokens --request-seconds --precision "
     "--device",
+    "compare": "runs --csv",
+    "verify": "run --head",
     "chat": f"run --base --system {DECODING}",
 }
 

@@ -24,6 +24,7 @@ from metier import artifacts
 from metier.data.accounts import Accounts
 from metier.data.augment import augment
 from metier.data.balance import LEFT_OUT, NOT_NEEDED, class_weights, general_excess, left_out, repeated
+from metier.data.canaries import canaries_table, plant
 from metier.data.card import data_card
 from metier.data.clean import clean, contradictions
 from metier.data.croissant import croissant
@@ -111,6 +112,9 @@ def prepare(recipe: Recipe, *, out: Path, progress: Callable[[str], None]) -> di
     progress(f"{counts['kept']:,} of {counts['rows']:,} rows kept, {counts['rejected']:,} rejected")
     tables = {"records": table, "rejected": rejected_table(accounts.rejected)}
     tables |= {"merged": merged_table(accounts.merged), "conflicts": conflicts}
+    if recipe.data.canaries:
+        tables["canaries"] = canaries_table(recipe.data.canaries, seed)
+        tables["records"] = plant(table, tables["canaries"])
     work = artifacts.work_folder(out, key)
     try:
         for name, one in tables.items():

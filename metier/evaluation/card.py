@@ -13,6 +13,7 @@ from typing import Any
 import yaml
 
 from metier import artifacts
+from metier.evaluation import sections
 from metier.evaluation.report import Run, read_run
 from metier.evaluation.texts import SHARES, limits, show, show_delta, statement, words
 
@@ -22,12 +23,17 @@ HUB_METRICS = {"accuracy_generated": "accuracy", "macro_f1": "f1", "bits_per_byt
 
 def write_card(run: Path) -> Path:
     """Writes `run`/MODEL_CARD.md and returns its path; `RunError` when the run has no evidence yet."""
-    found = read_run(run)
+    path = run / "MODEL_CARD.md"
+    artifacts.write_atomic(path, render_card(read_run(run), run.resolve().name).encode())
+    return path
+
+
+def render_card(found: Run, name: str) -> str:
+    """The card's text; `name` is the adapter's, by default its run's folder."""
     table = words(found.language)
-    name = run.resolve().name
     heading = table["card_title"].format(name=name, base=found.base_name)
     counts, splits = found.data["counts"], found.data["splits"]
-    sections = [
+    parts = [
         f"# {_inline(heading)}",
         _inline(statement(found.evidence, found.language)),
         f"## {table['card_use']}",
@@ -38,15 +44,16 @@ def write_card(run: Path) -> Path:
         table["card_data_text"].format(**counts, **splits),
         f"## {table['card_evaluation']}",
         _table(found),
+        *_costs(found),
+        f"## {table['card_training']}",
+        "\n".join(f"- {_inline(name)}: {_inline(value)}" for name, value in _training(found)),
         f"## {table['card_load']}",
         table["card_load_text"],
         _code(shlex.quote(name), table["card_prompt"]),
     ]
     front = yaml.safe_dump(_front_matter(found, name), sort_keys=False, allow_unicode=True)
-    path = run / "MODEL_CARD.md"
-    body = "\n\n".join(sections)
-    artifacts.write_atomic(path, f"---\n{front}---\n\n{body}\n".encode())
-    return path
+    body = "\n\n".join(parts)
+    return f"---\n{front}---\n\n{body}\n"
 
 
 def _front_matter(found: Run, name: str) -> dict[str, Any]:
@@ -72,10 +79,38 @@ def _front_matter(found: Run, name: str) -> dict[str, Any]:
         "language": [code for code in found.languages if code != "other"],
         "pipeline_tag": "text-generation",
         "tags": ["lora", "peft", "metier"],
+        "metrics": sorted({entry["type"] for entry in results}),
         "model-index": [
             {"name": name, "results": [{"task": {"type": task}, "dataset": dataset, "metrics": results}]}
         ],
     }  # fmt: skip
+
+
+def _costs(found: Run) -> list[str]:
+    """What specialising cost and what is remembered, where it was measured."""
+    table, evidence = words(found.language), found.evidence
+    header = [table[k] for k in ("what", "base", "adapter", "difference", "interval")]
+    rows = [header, ["---", "---:", "---:", "---:", "---:"]]
+    for row in sections.cost_rows({**evidence["forgetting"], **evidence["behaviour"]}, found.language):
+        rows.append([row["name"], row["base"], row["adapter"], row["delta"], f"{row['low']} … {row['high']}"])
+    lines = [
+        f"- {row['name']}: {row['value']}" + (f" ({row['low']} … {row['high']})" if row["low"] else "")
+        for row in sections.memory_rows(evidence, found.language)
+    ]
+    costs = [f"### {table['forgetting']}", "\n".join(f"| {' | '.join(row)} |" for row in rows)] if rows[2:] else []
+    return [*costs, f"### {table['memory']}", "\n".join(lines)]
+
+
+def _training(found: Run) -> list[tuple[str, str]]:
+    """What the adapter's manifest says of the training; an earlier or foreign one may say less."""
+    table, training = words(found.language), found.training
+    config = {**training["config"].get("adapter", {}), **training["config"].get("train", {})}
+    facts = [(name, str(config[name])) for name in ("rank", "alpha", "target_modules", "epochs") if name in config]
+    for name in ("peak_learning_rate", "steps", "precision", "device"):
+        if name in training:
+            facts.append((name, str(training[name])))
+    seconds = training.get("train_seconds", training["timing"]["seconds"])
+    return [*facts, (table["energy"], sections.energy(training, seconds, found.language))]
 
 
 def _table(found: Run) -> str:

@@ -125,6 +125,31 @@ def label_chart(
         return drawing.svg(description)
 
 
+def reliability_chart(
+    name: str, curves: Sequence[tuple[str, Sequence[dict[str, Any]]]], *, x_label: str, description: str
+) -> str:
+    """Curves of (label, bins) as calibration.py makes them: confidence to the right, accuracy upward."""
+    with _style(name):
+        drawing = Drawing(name, 3.4, (0.55, 0.15, 0.15, 0.5))
+        axes = drawing.axes
+        axes.plot([0, 1], [0, 1], color=BASE_COLOUR, linewidth=0.8, linestyle=(0, (4, 3)))
+        for (label, bins), colour, marker in zip(curves, (BASE_COLOUR, ADAPTER_COLOUR), ("s", "o"), strict=True):
+            x, y = ([float(b[key]) for b in bins] for key in ("confidence", "accuracy"))
+            gaps = [
+                [max(0.0, sign * (b["ci95"][side] - b["accuracy"])) for b in bins] for side, sign in ((0, -1), (1, 1))
+            ]
+            axes.errorbar(
+                x, y, yerr=gaps, color=colour, marker=marker, markersize=4, linewidth=1.4, elinewidth=0.8,
+                label=drawing.word(label),
+            )  # fmt: skip
+        axes.set(xlim=(-0.02, 1.02), ylim=(-0.02, 1.02), xlabel=drawing.word(x_label))
+        axes.set_xticks([0, 0.5, 1], ["0 %", "50 %", "100 %"])
+        axes.set_yticks([0, 0.5, 1], ["0 %", "50 %", "100 %"])
+        axes.grid(color=BASE_COLOUR, alpha=0.25, linewidth=0.6)
+        axes.legend(loc="upper left", bbox_to_anchor=(0.02, 1.0))
+        return drawing.svg(description)
+
+
 def confusion_chart(name: str, counts: np.ndarray[Any, Any], *, description: str) -> str:
     """A square of counts [true, predicted], each row as shares, ticks by number from 1."""
     from matplotlib.colors import LinearSegmentedColormap

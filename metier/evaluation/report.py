@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import statistics
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,7 @@ import numpy as np
 
 from metier import artifacts
 from metier.errors import RunError
-from metier.evaluation import metrics, plots, texts
+from metier.evaluation import overlap, plots, sections, texts
 from metier.evaluation.texts import Language, show, show_delta, words
 
 EXAMPLES = 8
@@ -37,10 +37,11 @@ class Run:
     items: list[dict[str, Any]]
     base_name: str
     languages: list[str]
+    speaks: Language | None = None
 
     @property
     def language(self) -> Language:
-        return "zh" if self.languages[:1] == ["zh"] else "en"
+        return self.speaks or ("zh" if self.languages[:1] == ["zh"] else "en")
 
 
 def read_run(run: Path) -> Run:
@@ -74,17 +75,33 @@ def read_run(run: Path) -> Run:
     )
 
 
-def write_report(run: Path) -> Path:
-    """Writes `run`/report.html and returns its path; `RunError` when the run has no evidence yet."""
+def write_report(run: Path) -> list[str]:
+    """Writes `run`/report.html in the language of the records, and report.en.html or report.zh.html in the other.
+
+    Returns their names; raises `RunError` when the run has no evidence yet.
+    """
+    made = pages(read_run(run))
+    for name, page in made.items():
+        artifacts.write_atomic(run / name, page.encode())
+    return list(made)
+
+
+def pages(found: Run) -> dict[str, str]:
+    """The report's text in both languages, by file name."""
+    other: Language = "en" if found.language == "zh" else "zh"
+    return {"report.html": render(found), f"report.{other}.html": render(replace(found, speaks=other))}
+
+
+def render(found: Run) -> str:
+    """The report as HTML, in the language that `found` speaks."""
     import jinja2
 
-    found = read_run(run)
     loader = jinja2.FileSystemLoader(Path(__file__).parent / "templates")
     environment = jinja2.Environment(
         loader=loader, autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
     environment.filters.update(clip=_clip, svg=_safe_svg)
-    page = environment.get_template("report.html.j2").render(
+    return environment.get_template("report.html.j2").render(
         t=words(found.language),
         language=found.language,
         run=found,
@@ -93,16 +110,19 @@ def write_report(run: Path) -> Path:
         limits=texts.limits(found.evidence, found.language),
         results=_results(found),
         controls=_controls(found),
-        by_language=_by_language(found),
+        slices=sections.slice_rows(found.evidence, found.language),
+        forgetting=sections.cost_rows(found.evidence["forgetting"], found.language),
+        behaviour=sections.cost_rows(found.evidence["behaviour"], found.language),
+        memory=sections.memory_rows(found.evidence, found.language),
+        gates=sections.gate_rows(found.evidence, found.language),
+        calibration=sections.calibration_text(found.evidence, found.language),
+        without_repeats=_without_repeats(found),
         examples=_examples(found),
         figures=_figures(found),
         key=[label for label, _ in _top_labels(found)],
         cost=_cost(found),
         cut_at=EXAMPLE_CHARACTERS,
     )
-    path = run / "report.html"
-    artifacts.write_atomic(path, page.encode())
-    return path
 
 
 def _results(found: Run) -> list[dict[str, Any]]:
@@ -125,24 +145,20 @@ def _difference(found: Run, metric: str, result: dict[str, Any]) -> dict[str, st
     return {"delta": show_delta(metric, result["delta"], found.language), "low": low, "high": high}
 
 
+def _without_repeats(found: Run) -> dict[str, Any] | None:
+    result = found.evidence["without_repeats"]
+    metric = found.evidence["verdict"]["primary_metric"]
+    return sections.compared(metric, result, found.language) if result else None
+
+
 def _controls(found: Run) -> list[dict[str, Any]]:
     table = words(found.language)
     rows = []
     for name, control in found.evidence["controls"].items():
-        row = {"name": table[name], "accuracy": show("accuracy", control["accuracy"]), "outcome": control["outcome"]}
-        rows.append({**row, "key": name, "macro_f1": show("macro_f1", control["macro_f1"]),
-                     **_difference(found, "accuracy", control)})  # fmt: skip
+        metric = control["metric"]
+        rows.append({"key": name, "name": table[name], "value": show(metric, control[metric]),
+                     "outcome": control["outcome"], **_difference(found, metric, control)})  # fmt: skip
     return rows
-
-
-def _by_language(found: Run) -> list[dict[str, Any]]:
-    metric = found.evidence["verdict"]["primary_metric"]
-    table = words(found.language)
-    return [
-        {"name": table.get(f"language_{code}", code), "n": entry["n"],
-         "base": show(metric, entry["base"]), "adapter": show(metric, entry["adapter"])}
-        for code, entry in found.evidence["slices"]["language"].items()
-    ]  # fmt: skip
 
 
 def _examples(found: Run) -> dict[str, list[dict[str, Any]]]:
@@ -167,7 +183,7 @@ def _change(item: dict[str, Any]) -> float:
     if item["base_completion"] is None:
         return 0.0
     sides = [item["adapter_completion"], item["base_completion"]]
-    adapter, base = metrics.chrf(metrics.chrf_statistics(sides, [item["reference"]] * 2))
+    adapter, base = overlap.chrf(overlap.chrf_statistics(sides, [item["reference"]] * 2))
     return float(adapter - base)
 
 
@@ -201,6 +217,14 @@ def _figures(found: Run) -> dict[str, str]:
     if len(found.evidence["slices"]["label"]) == len(top) > 1 and found.evidence["controls"]:
         figures["confusion"] = plots.confusion_chart(
             "confusion", _confusion(found, [label for label, _ in top]), description=table["fig_confusion"]
+        )
+    if found.evidence["calibration"]:
+        curves = [
+            (table[name], found.evidence["calibration"][side]["bins"])
+            for name, side in (("base_model", "base"), ("specialised", "adapter"))
+        ]
+        figures["calibration"] = plots.reliability_chart(
+            "calibration", curves, x_label=table["confidence"], description=table["fig_calibration"]
         )
     lines = [(table[key], *_series(found.curve, key)) for key in ("loss", "val_loss")]
     lines = [line for line in lines if line[1]]
@@ -236,6 +260,7 @@ def _cost(found: Run) -> list[tuple[str, str]]:
     seconds = found.training.get("train_seconds", found.training["timing"]["seconds"])
     spent = ("minutes", f"{seconds / 60:,.1f}") if seconds >= 120 else ("seconds", f"{seconds:,.0f}")
     rows.append((table["time"], table[spent[0]].format(value=spent[1])))
+    rows.append((table["energy"], sections.energy(found.training, seconds, found.language)))
     speeds = _series(found.curve, "tok_per_sec")[1]
     if speeds:
         rows.append((table["speed"], f"{statistics.median(speeds):,.0f}"))

@@ -1,106 +1,49 @@
-"""Which test records are asked, and what base and adapter answer to each.
+"""Which tasks a dataset is asked, by which metrics, and on which of them the verdict rests.
 
-In: the records of a dataset and a loaded model. Out: `Item`s in a fixed order, and `Answers`, the raw
-per-item results that metrics are made of: labels by log-likelihood, greedy completions, and the
-likelihood of the reference answers.
-
-Limits: one greedy completion an item, no sampling.
+In: the dataset's manifest and its test items. Out: the task names, and `Metric`s made of both sides' answers.
 """
 
 from __future__ import annotations
 
-import hashlib
-from collections.abc import Callable
-from dataclasses import dataclass
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from metier.errors import DataError, ModelError, RecipeError
+from metier.errors import RecipeError
+from metier.evaluation import metrics, overlap
+from metier.evaluation.ask import offered
+from metier.evaluation.items import Answers, Item
+from metier.evaluation.metrics import Metric
 from metier.recipe import EvaluateConfig
 
-if TYPE_CHECKING:
-    from metier.model.specialist import Specialist
-
-Message = dict[str, str]
-Progress = Callable[[str, int, int], None]
-
-LONGEST_ANSWER = 512
-# Free tokens beyond the longest reference, so that a wordier answer is not cut into a wrong one.
-SPARE_TOKENS = 8
-
-
-@dataclass(frozen=True)
-class Item:
-    """One record; the last message is the reference answer, or the whole of a plain text."""
-
-    record_id: str
-    group_id: str | None
-    language: str
-    label: str | None
-    messages: list[Message]
-
-    @property
-    def prompt(self) -> list[Message]:
-        return self.messages[:-1]
-
-    @property
-    def reference(self) -> str:
-        return self.messages[-1]["content"]
-
-    @property
-    def prompt_text(self) -> str:
-        """The prompt's words without the system message; of a plain text, the text."""
-        words = [m["content"] for m in self.prompt if m["role"] != "system"]
-        return "\n".join(words) if words else self.reference
+# References of at most this many bytes (some five words, or ten Han characters) can be hit exactly.
+SHORT_REFERENCE = 30
+# From this share of the records on, a form that they show is theirs.
+MOST = 0.9
+CHOOSING = ("classification", "multiple_choice")
+POSSIBLE = {
+    "classification": ["classification", "multiple_choice", "generation"],
+    "generation": ["generation", "extraction"],
+    "text": [],
+}
 
 
-@dataclass(frozen=True)
-class Answers:
-    """What one model, base or adapter, gave for n items; None where the task was not asked."""
-
-    nll: npt.NDArray[np.float64]
-    num_tokens: npt.NDArray[np.float64]
-    num_bytes: npt.NDArray[np.float64]
-    labels: list[str] | None
-    completions: list[str] | None
-    num_cut: int
-
-
-def read_items(dataset: Path, split: str) -> list[Item]:
-    """The records of one split of `dataset`, in the file's order."""
-    import polars as pl
-
-    columns = ["record_id", "group_id", "language", "label", "messages"]
-    frame = pl.scan_parquet(dataset / "records.parquet").filter(pl.col("split") == split).select(columns).collect()
-    return [Item(**row) for row in frame.iter_rows(named=True)]
-
-
-def choose_items(items: list[Item], *, max_items: int | None, seed: int) -> list[Item]:
-    """At most `max_items`, a choice by SHA-256 of seed and record_id, in the order of record_id.
-
-    Raises `DataError` when there is no item.
-    """
-    if not items:
-        raise DataError(
-            "the dataset has no test records, so base and adapter cannot be compared",
-            hint="give `data.test` a share such as 0.1 or a number of records, or name files in `data.test_sources`",
-        )
-    drawn = sorted(items, key=lambda i: hashlib.sha256(f"{seed}|{i.record_id}".encode()).hexdigest())
-    return sorted(drawn[:max_items], key=lambda i: i.record_id)
-
-
-def choose_tasks(config: EvaluateConfig, manifest: dict[str, Any]) -> list[str]:
-    """The tasks to ask of a dataset; perplexity is always among them.
+def choose_tasks(config: EvaluateConfig, manifest: dict[str, Any], items: list[Item]) -> list[str]:
+    """The tasks to ask of a dataset, the one that the verdict rests on first; perplexity is always among them.
 
     Raises `RecipeError` for a task that the dataset cannot be asked.
     """
     data = manifest["task"]
-    possible = {"classification": ["classification", "generation"], "generation": ["generation"], "text": []}[data]
+    possible = POSSIBLE[data]
     if config.tasks == "auto":
-        return [*possible[:1], "perplexity"]
+        main = {"classification": "classification", "generation": "generation"}.get(data)
+        if data == "classification" and _are_options(manifest["labels"], items):
+            main = "multiple_choice"
+        if data == "generation" and _share(overlap.fields(i.reference) is not None for i in items) >= MOST:
+            main = "extraction"
+        return [*([main] if main else []), "perplexity"]
     wrong = [t for t in config.tasks if t != "perplexity" and t not in possible]
     if wrong:
         raise RecipeError(
@@ -110,65 +53,85 @@ def choose_tasks(config: EvaluateConfig, manifest: dict[str, Any]) -> list[str]:
     return [t for t in (*possible, "perplexity") if t in config.tasks or t == "perplexity"]
 
 
-def longest_answer(specialist: Specialist, items: list[Item], config: EvaluateConfig) -> int:
-    """The number of tokens after which a completion is cut."""
-    if config.max_new_tokens != "auto":
-        return config.max_new_tokens
-    longest = max(specialist.count_tokens(reference) for reference in {i.reference for i in items})
-    return min(longest + SPARE_TOKENS, LONGEST_ANSWER)
+def primary_metric(items: list[Item], asked: list[str]) -> str:
+    """The metric that the verdict rests on, chosen by task and references alone, before any answer is seen."""
+    if asked[0] in CHOOSING:
+        return "accuracy"
+    if asked == ["perplexity"]:
+        return "perplexity"
+    if asked[0] == "extraction" and _share(overlap.fields(i.reference) is not None for i in items) >= MOST:
+        return "field_f1"
+    is_short = float(np.median([len(i.reference.encode()) for i in items])) <= SHORT_REFERENCE
+    if asked[0] == "extraction":
+        return "exact_match" if is_short else "token_f1"
+    return "exact_match" if is_short else "chrf"
 
 
-def leave_out(specialist: Specialist, items: list[Item], max_new_tokens: int) -> tuple[list[Item], dict[str, str]]:
-    """The items that can be asked, and the reason by record_id for each of the others.
+def build_metrics(
+    items: list[Item], base: Answers, adapter: Answers, *, asked: list[str], labels: list[str]
+) -> list[Metric]:
+    """All metrics of the tasks that were asked, the most telling first."""
+    found: list[Metric] = []
+    if base.labels is not None and adapter.labels is not None:
+        truth = [i.label or "" for i in items]
+        found.append(metrics.proportion("accuracy", equal(base.labels, truth), equal(adapter.labels, truth)))
+        f1 = [metrics.f1_statistics(side.labels or [], truth) for side in (base, adapter)]
+        found.append(Metric("macro_f1", f1[0], f1[1], metrics.macro_f1, scale=1.0))
+    if base.completions is not None and adapter.completions is not None:
+        found += _generated(items, (base.completions, adapter.completions), asked, labels)
+    for name, value in (("perplexity", metrics.perplexity), ("bits_per_byte", metrics.bits_per_byte)):
+        per = "num_tokens" if name == "perplexity" else "num_bytes"
+        pairs = [np.stack([side.nll, getattr(side, per)], axis=1) for side in (base, adapter)]
+        found.append(Metric(name, pairs[0], pairs[1], value, higher_is_better=False))
+    return found
 
-    Raises `DataError` when none can be asked.
-    """
-    reasons = {i.record_id: specialist.why_not(i.messages, max_new_tokens) for i in items}
-    left_out = {record_id: reason for record_id, reason in reasons.items() if reason}
-    if len(left_out) == len(items):
-        reason = next(iter(left_out.values()))
-        raise DataError(f"none of {len(items)} test records can be asked; the first: {reason}")
-    return [i for i in items if i.record_id not in left_out], left_out
+
+def equal(predicted: Sequence[str], truth: Sequence[str]) -> npt.NDArray[np.bool_]:
+    """bool [n]."""
+    return np.array([p == t for p, t in zip(predicted, truth, strict=True)], dtype=bool)
 
 
-def ask(
-    specialist: Specialist, items: list[Item], *, tasks: list[str], labels: list[str], max_new_tokens: int,
-    use_adapter: bool, progress: Progress,
-) -> Answers:  # fmt: skip
-    """Asks one model all tasks of all items.
+def _generated(
+    items: list[Item], sides: tuple[list[str], list[str]], asked: list[str], labels: list[str]
+) -> list[Metric]:
+    references = [i.reference for i in items]
+    choosing = any(task in asked for task in CHOOSING)
+    name = "accuracy_generated" if choosing else "exact_match"
+    found = [metrics.proportion(name, *(metrics.exact_match(c, references) for c in sides))]
+    if choosing:
+        names = {metrics.normalise(label) for label in labels}
+        invalid = [np.array([metrics.normalise(text) not in names for text in c], dtype=bool) for c in sides]
+        found.append(metrics.proportion("invalid_share", invalid[0], invalid[1], up=False))
+    if "extraction" in asked:
+        f1 = [overlap.token_f1_statistics(c, references) for c in sides]
+        found.append(Metric("token_f1", f1[0], f1[1], metrics.mean, scale=1.0))
+        if _share(overlap.fields(r) is not None for r in references) >= MOST:
+            hits = [overlap.field_statistics(c, references) for c in sides]
+            found.insert(0, Metric("field_f1", hits[0], hits[1], overlap.field_f1, scale=1.0))
+            broken = [np.array([overlap.fields(text) is None for text in c], dtype=bool) for c in sides]
+            found.append(metrics.proportion("invalid_json_share", broken[0], broken[1], up=False))
+    if "generation" in asked:
+        languages = [i.language for i in items]
+        bleu = [overlap.bleu_statistics(c, references, languages) for c in sides]
+        chrf = [overlap.chrf_statistics(c, references) for c in sides]
+        rouge = [overlap.rouge_l_statistics(c, references) for c in sides]
+        found.append(Metric("chrf", chrf[0], chrf[1], overlap.chrf, scale=100.0))
+        found.append(Metric("bleu", bleu[0], bleu[1], overlap.bleu, scale=100.0))
+        found.append(Metric("rouge_l", rouge[0], rouge[1], metrics.mean, scale=100.0))
+    return found
 
-    Raises `ModelError` when a likelihood is not a finite number.
-    """
-    who = "adapter" if use_adapter else "base"
 
-    def told(what: str) -> Callable[[int], None]:
-        return lambda done: progress(f"{who}: {what}", done, len(items))
+def _are_options(labels: list[str], items: list[Item]) -> bool:
+    """Whether the labels are option letters, and most prompts list the options."""
+    letters = all(len(label.strip()) == 1 and "A" <= label.strip().upper() <= "H" for label in labels)
+    return letters and _share(_lists_options(i, labels) for i in items) >= MOST
 
-    prompts = [i.prompt for i in items]
-    scores = specialist.score_records(
-        [i.messages for i in items], use_adapter=use_adapter, done=told("likelihood of the references")
-    )
-    predicted = completions = None
-    if "classification" in tasks:
-        choices = specialist.score_choices(
-            prompts, labels, use_adapter=use_adapter, done=told("likelihood of the labels")
-        )
-        predicted = [labels[k] for k in choices.argmax(axis=1)]
-    if tasks != ["perplexity"]:
-        completions = specialist.complete(
-            prompts, use_adapter=use_adapter, max_new_tokens=max_new_tokens, done=told("answers")
-        )
-    nll = np.array([s.nll for s in scores], dtype=np.float64)
-    if not np.isfinite(nll).all():
-        raise ModelError(
-            f"the {who} gives no finite likelihood for {int((~np.isfinite(nll)).sum())} of {len(items)} test records",
-            hint="a training that diverged does this: lower `train.learning_rate`, or look at loss in metrics.jsonl",
-        )
-    return Answers(
-        nll=nll,
-        num_tokens=np.array([s.num_tokens for s in scores], dtype=np.float64),
-        num_bytes=np.array([s.num_bytes for s in scores], dtype=np.float64),
-        labels=predicted,
-        completions=None if completions is None else [c.text for c in completions],
-        num_cut=sum(not c.stopped for c in completions or []),
-    )
+
+def _lists_options(item: Item, labels: list[str]) -> bool:
+    none = "\N{NULL}"  # a label that no prompt lists: it is left out where the options are found
+    return len(labels) >= 2 and not offered(item.prompt_text, [*labels, none])[-1]
+
+
+def _share(flags: Any) -> float:
+    found = list(flags)
+    return sum(found) / len(found) if found else 0.0

@@ -15,7 +15,11 @@ from metier.evaluation.compare import FEW_GROUPS, MIN_GROUPS, MIN_ITEMS
 
 Language = Literal["en", "zh"]
 
-SHARES = ("accuracy", "macro_f1", "accuracy_generated", "exact_match", "invalid_share")
+SHARES = (
+    "accuracy", "macro_f1", "accuracy_generated", "exact_match", "invalid_share", "token_f1", "field_f1",
+    "invalid_json_share", "stopped_share", "empty_share", "refusal_share", "red_line_share",
+    "general_choice", "instructions", "right_refusals", "tempted",
+)  # fmt: skip
 FEW_PER_LABEL = 10
 
 
@@ -47,14 +51,29 @@ def statement(evidence: dict[str, Any], language: Language) -> str:
     n = evidence["n"]
     values = {side: show(metric, result[side]) for side in ("base", "adapter")}
     low, high = (show_delta(metric, v, language, unit=False) for v in result["ci95"])
-    few = ("few_items", n, MIN_ITEMS) if n < MIN_ITEMS else ("few_clusters", evidence["num_groups"], MIN_GROUPS)
     return table[evidence["verdict"]["outcome"]].format(
         measure=table[f"measure_{metric}"].format(n=n, **values),
         delta=show_delta(metric, result["delta"], language),
         low=low,
         high=high,
-        reason=table[few[0]].format(n=few[1], needed=few[2]),
+        reason=_reason(evidence, result, language),
     )
+
+
+def _reason(evidence: dict[str, Any], result: dict[str, Any], language: Language) -> str:
+    """Why the data are not enough, and how many records would be."""
+    n, num_groups, needed = evidence["n"], evidence["num_groups"], result["n_needed"] or MIN_ITEMS
+    metric = evidence["verdict"]["primary_metric"]
+    if n < MIN_ITEMS:
+        name, values = "few_items", {"n": n, "needed": MIN_ITEMS}
+    elif num_groups < min(n, MIN_GROUPS):
+        name, values = "few_clusters", {"n": num_groups, "needed": MIN_GROUPS}
+    else:
+        effect = evidence["smallest_effect"] * (1 if metric in SHARES else 100)
+        shown = {"effect": effect, "mde": result["mde"]}
+        sizes = {k: show_delta(metric, v, language).lstrip("+") for k, v in shown.items()}
+        name, values = "few_to_tell", {"n": n, "needed": f"{needed:,}", **sizes}
+    return words(language)[name].format(**values)
 
 
 def limits(evidence: dict[str, Any], language: Language) -> list[str]:
@@ -65,22 +84,30 @@ def limits(evidence: dict[str, Any], language: Language) -> list[str]:
     unseen = evidence["labels_not_in_train"]
     few = sum(entry["n"] < FEW_PER_LABEL for entry in labels.values())
     cuts = {side: decoding[f"{side}_cut"] for side in ("base", "adapter")}
-    cut = any(cuts.values())
     left_out = len(evidence["left_out"])
-    leaked, total = evidence["num_test_prompts_in_train"], evidence["num_test_records"]
+    leaked, total = evidence["num_test_prompts_near_train"], evidence["num_test_records"]
+    other, exact = evidence["languages"]["other"], evidence["num_test_prompts_in_train"]
+    memory = evidence["memorisation"]
+    chosen = ("、" if language == "zh" else ", ").join(unseen)
     found: list[tuple[bool, str, dict[str, Any]]] = [
-        (leaked > 0, "limit_leak", {"n": leaked}),
-        (bool(unseen), "limit_unseen", {"n": len(unseen), "labels": ("、" if language == "zh" else ", ").join(unseen)}),
+        (leaked > 0, "limit_leak", {"n": leaked, "exact": exact}),
+        (bool(unseen), "limit_unseen", {"n": len(unseen), "labels": chosen}),
+        (len(labels) == 1, "limit_one_class", {}),
         (groups < min(n, FEW_GROUPS), "limit_groups", {"n": groups, "needed": FEW_GROUPS}),
         (bool(left_out), "limit_left_out", {"n": left_out}),
         (n + left_out < total, "limit_choice", {"n": n, "total": total}),
         (few > 0, "limit_few_per_label", {"n": few, "total": len(labels), "needed": FEW_PER_LABEL}),
-        (cut, "limit_cut", {"tokens": decoding["max_new_tokens"], **cuts}),
+        (any(cuts.values()), "limit_cut", {"tokens": decoding["max_new_tokens"], **cuts}),
         ("chrf" in evidence["metrics"], "limit_overlap", {}),
+        ("bleu" in evidence["metrics"] and other > 0, "limit_language", {"n": other}),
+        (bool(memory["canaries"]), "limit_canaries", {}),
         (True, "limit_one_run", {}),
         (True, "limit_source", {}),
         (True, "limit_metrics", {}),
-        (True, "limit_scope", {}),
+        (bool(evidence["forgetting"]), "limit_forgetting", {}),
+        (not evidence["forgetting"], "limit_scope", {}),
+        (memory["membership"] is None, "limit_no_membership", {}),
+        (memory["membership"] is not None, "limit_membership", {}),
     ]  # fmt: skip
     return [table[name].format(**values) for holds, name, values in found if holds]
 

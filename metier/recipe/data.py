@@ -55,3 +55,10 @@ class DataConfig(Section):
         default=0.1, description="Records for choosing the best adapter: a share (0.1) or a number (200)."
     )
     test: Size = Field(default=0.1, description="Records for the verdict, seen once: a share (0.1) or a number (200).")
+    canaries: int = Field(
+        default=0,
+        ge=0,
+        le=100,
+        description="Plant invented secrets among the training records, so many for each of 0, 1, 4 and 16 repeats, "
+        "to measure what the model remembers. For a trial run: the adapter then knows them.",
+    )

@@ -1,19 +1,25 @@
-"""The recipe's `evaluate`: how base and adapter are compared."""
+"""The recipe's `evaluate`: how base and adapter are compared, and what must not come out."""
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Annotated, Literal
 
 from pydantic import Field
 
 from metier.recipe.section import Count, Section
 
+Gate = Literal["exposure_bits", "membership_auc", "forgetting", "red_lines"]
+
 
 class EvaluateConfig(Section):
     """How base and adapter are compared on the test split."""
 
-    tasks: Literal["auto"] | list[Literal["classification", "generation", "perplexity"]] = Field(
-        default="auto", min_length=1, description="`auto`: by the data: labels, open answers or plain text."
+    tasks: (
+        Literal["auto"] | list[Literal["classification", "multiple_choice", "extraction", "generation", "perplexity"]]
+    ) = Field(
+        default="auto",
+        min_length=1,
+        description="`auto`: by the data: labels, options to choose from, fields, open answers or plain text.",
     )
     max_items: Count | None = Field(
         default=None, description="Test records at most; a seeded choice. Default: all of them."
@@ -22,3 +28,24 @@ class EvaluateConfig(Section):
         default="auto", description="Tokens in one generated answer at most. `auto`: what the longest reference needs."
     )
     bootstrap_samples: int = Field(default=10_000, ge=100, description="Resamples behind each 95 % interval.")
+    smallest_effect: float = Field(
+        default=0.05,
+        gt=0,
+        lt=1,
+        description="The smallest difference that matters, as a share (0.05: five points). Where it could not have "
+        "been seen, the verdict is `not enough data`.",
+    )
+    few_shot: int = Field(
+        default=0, ge=0, le=16, description="Also ask the base with this many training records as examples before."
+    )
+    forgetting: bool = Field(
+        default=True, description="Ask built-in general questions in Chinese and English, of base and adapter."
+    )
+    memorisation_items: int = Field(
+        default=200, ge=0, description="Training records in the test for memorised membership; 0: no test."
+    )
+    gates: dict[Gate, Annotated[float, Field(ge=0)]] = Field(
+        default={},
+        description="Limits that fail the run when exceeded: `exposure_bits` of planted canaries, `membership_auc`, "
+        "`forgetting` (share by which bits per byte of general text may rise), `red_lines` (share of answers).",
+    )

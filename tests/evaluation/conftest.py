@@ -11,7 +11,7 @@ import polars as pl
 import pytest
 import torch
 
-from metier.artifacts import complete, work_folder
+from metier.artifacts import complete, read_manifest, work_folder
 from metier.model.load import Base
 from metier.model.lora import attach, save_adapter
 from metier.model.specialist import Specialist
@@ -22,7 +22,7 @@ Row = dict[str, Any]
 SCHEMA = {
     "record_id": pl.String, "split": pl.String, "group_id": pl.String,
     "messages": pl.List(pl.Struct({"role": pl.String, "content": pl.String})),
-    "label": pl.String, "language": pl.String,
+    "label": pl.String, "language": pl.String, "source_file": pl.String,
 }  # fmt: skip
 
 
@@ -43,7 +43,7 @@ def classified(n: int, split: str, labels: list[str], language: str = "en", prom
     return [
         {
             "record_id": f"{split}-{i:04d}", "split": split, "group_id": None, "language": language,
-            "label": labels[i % len(labels)],
+            "label": labels[i % len(labels)], "source_file": "notes.csv",
             "messages": [
                 {"role": "user", "content": f"{prompt} {i} kind{i % len(labels)}"},
                 {"role": "assistant", "content": labels[i % len(labels)]},
@@ -69,27 +69,32 @@ def write_dataset(folder: Path, rows: list[Row], task: str) -> Path:
     return folder
 
 
+def build_run(run: Path, specialist: Specialist, rows: list[Row], task: str = "classification") -> Path:
+    """A run's folder with dataset and adapter; evaluation is the test's part."""
+    run.mkdir()
+    write_dataset(run / "dataset", rows, task)
+    work = work_folder(run / "adapter", "key")
+    assert specialist.adapter is not None
+    save_adapter(work, specialist.adapter, specialist.adapter.tensors(), base="tiny", revision=None)
+    lines = [
+        '{"step": 1, "loss": 2.5, "learning_rate": 0.001, "tok_per_sec": 900.0}',
+        '{"step": 1, "val_loss": 2.6}',
+    ]
+    (work / "metrics.jsonl").write_text("\n".join(lines) + "\n")
+    parents = {"dataset": (read_manifest(run / "dataset") or {})["digest"]}
+    complete(
+        work, run / "adapter", kind="adapter", key="key", config={}, parents=parents, started=time.time(),
+        details={"steps": 1, "trainable_parameters": 4096, "base": {"name": "/home/someone/models/tiny"}},
+    )  # fmt: skip
+    return run
+
+
 @pytest.fixture
 def make_run(tmp_path: Path, specialist: Specialist) -> Callable[..., Path]:
-    """Makes a run's folder with dataset and adapter; evaluation is the test's part."""
+    """Makes a run's folder with dataset and adapter."""
 
     def make(rows: list[Row], task: str = "classification", name: str = "run") -> Path:
-        run = tmp_path / name
-        run.mkdir()
-        write_dataset(run / "dataset", rows, task)
-        work = work_folder(run / "adapter", "key")
-        assert specialist.adapter is not None
-        save_adapter(work, specialist.adapter, specialist.adapter.tensors(), base="tiny", revision=None)
-        lines = [
-            '{"step": 1, "loss": 2.5, "learning_rate": 0.001, "tok_per_sec": 900.0}',
-            '{"step": 1, "val_loss": 2.6}',
-        ]
-        (work / "metrics.jsonl").write_text("\n".join(lines) + "\n")
-        complete(
-            work, run / "adapter", kind="adapter", key="key", config={}, parents={}, started=time.time(),
-            details={"steps": 1, "trainable_parameters": 4096, "base": {"name": "/home/someone/models/tiny"}},
-        )  # fmt: skip
-        return run
+        return build_run(tmp_path / name, specialist, rows, task)
 
     return make
 
@@ -98,7 +103,7 @@ def judge(run: Path, specialist: Specialist, out: str = "evidence", **settings: 
     """Evaluates a run with few resamples and returns the manifest."""
     from metier.evaluation.evaluate import evaluate
 
-    config = EvaluateConfig(**{"bootstrap_samples": 200, **settings})
+    config = EvaluateConfig(**{"bootstrap_samples": 200, "forgetting": False, "memorisation_items": 20, **settings})
     return evaluate(
         specialist, dataset=run / "dataset", adapter=run / "adapter", config=config, seed=3, out=run / out, key="key",
         progress=lambda what, done, total: None,

@@ -14,7 +14,7 @@ from sklearn.metrics import accuracy_score
 
 from metier.artifacts import is_current, read_manifest
 from metier.errors import DataError, ModelError, RecipeError, RunError
-from metier.evaluation.tasks import Item, choose_items
+from metier.evaluation.items import Item, choose_items
 from metier.model.specialist import Specialist
 
 from .conftest import Row, classified, judge
@@ -171,3 +171,19 @@ def test_records_that_cannot_be_asked_are_left_out_and_counted(make_run: Make, s
     assert set(evidence["left_out"]) == {too_long["record_id"], control["record_id"]}
     assert any(limit.startswith("2 test records could not be asked") for limit in evidence["limits"])
     assert spelled not in str(evidence)
+
+
+def test_every_key_and_column_is_documented_in_both_languages(make_run: Make, specialist: Specialist) -> None:
+    run = make_run(rows())
+    judge(run, specialist)
+    evidence = read(run)
+    columns = [
+        *pl.read_parquet(run / "evidence" / "items.parquet").columns,
+        *evidence,
+        *evidence["metrics"]["accuracy"],
+    ]
+    columns += pl.read_parquet(run / "evidence" / "probes.parquet").columns
+    for page in ("evidence.md", "evidence.zh-CN.md"):
+        text = (Path(__file__).parents[2] / "docs" / page).read_text(encoding="utf-8")
+        missing = [c for c in columns if f"`{c.removeprefix('base_').removeprefix('adapter_')}`" not in text]
+        assert missing == [], page

@@ -8,7 +8,7 @@ from sacrebleu.metrics.bleu import BLEU
 from sacrebleu.metrics.chrf import CHRF
 from sklearn.metrics import f1_score
 
-from metier.evaluation import metrics
+from metier.evaluation import metrics, overlap
 
 ENGLISH = [
     ("The cat sat on the mat, quietly.", "The cat sat on a mat, quietly."),
@@ -27,23 +27,23 @@ CHINESE = [
 @pytest.mark.parametrize(("pairs", "language"), [(ENGLISH, "en"), (CHINESE, "zh"), (ENGLISH[3:], "en")])
 def test_corpus_bleu_equals_sacrebleu(pairs: list[tuple[str, str]], language: str) -> None:
     answers, references = [list(column) for column in zip(*pairs, strict=True)]
-    sums = metrics.bleu_statistics(answers, references, [language] * len(pairs)).sum(0)
+    sums = overlap.bleu_statistics(answers, references, [language] * len(pairs)).sum(0)
     expected = BLEU(tokenize="zh" if language == "zh" else "13a").corpus_score(answers, [references]).score
-    assert float(metrics.bleu(sums)) == pytest.approx(expected, abs=1e-9)
+    assert float(overlap.bleu(sums)) == pytest.approx(expected, abs=1e-9)
 
 
 @pytest.mark.parametrize("pairs", [ENGLISH, CHINESE, ENGLISH[3:4], ENGLISH[4:]])
 def test_corpus_chrf_equals_sacrebleu(pairs: list[tuple[str, str]]) -> None:
     answers, references = [list(column) for column in zip(*pairs, strict=True)]
-    sums = metrics.chrf_statistics(answers, references).sum(0)
-    assert float(metrics.chrf(sums)) == pytest.approx(CHRF().corpus_score(answers, [references]).score, abs=1e-9)
+    sums = overlap.chrf_statistics(answers, references).sum(0)
+    assert float(overlap.chrf(sums)) == pytest.approx(CHRF().corpus_score(answers, [references]).score, abs=1e-9)
 
 
 def test_ratio_metrics_of_many_resamples_equal_one_by_one() -> None:
     answers, references = [list(column) for column in zip(*ENGLISH, strict=True)]
     for statistics, value in (
-        (metrics.bleu_statistics(answers, references, ["en"] * 5), metrics.bleu),
-        (metrics.chrf_statistics(answers, references), metrics.chrf),
+        (overlap.bleu_statistics(answers, references, ["en"] * 5), overlap.bleu),
+        (overlap.chrf_statistics(answers, references), overlap.chrf),
         (metrics.f1_statistics(answers, references), metrics.macro_f1),
     ):
         weights = np.random.default_rng(0).integers(0, 3, (7, 5)) + np.eye(7, 5)

@@ -59,16 +59,19 @@ class Page(HTMLParser):
 
 def rows(labels: list[str], language: str = "en") -> list[Row]:
     prompt = f"{HOSTILE[0]} {HOSTILE[1]} {'long ' * 80}"
-    return [
+    made = [
         *classified(60, "train", labels, language),
         *classified(6, "val", labels, language),
         *classified(48, "test", labels, language, prompt=prompt),
     ]
+    # Two sources, so that there are slices, one with a hostile name.
+    return [{**row, "source_file": ("a.csv", HOSTILE[1])[i % 2]} for i, row in enumerate(made)]
 
 
 def report(run: Path, specialist: Specialist) -> str:
     judge(run, specialist)
-    return write_report(run).read_text(encoding="utf-8")
+    write_report(run)
+    return (run / "report.html").read_text(encoding="utf-8")
 
 
 @pytest.mark.parametrize("task", ["classification", "generation"])
@@ -99,7 +102,7 @@ def test_report_ids_are_unique_and_every_figure_and_table_has_a_caption(make_run
     page = Page(report(make_run(rows(["a", "b", "c"])), specialist))
     ids = [value for name, value in page.attributes if name == "id"]
     assert len(ids) == len(set(ids))
-    assert page.tags.count("figure") == page.tags.count("figcaption") == page.tags.count("svg") == 5
+    assert page.tags.count("figure") == page.tags.count("figcaption") == page.tags.count("svg") == 6
     assert page.tags.count("table") == page.tags.count("caption")
     references = re.findall(
         r'url\(#([^)]+)\)|xlink:href="#([^"]+)"', (" ".join(f'{n}="{v}"' for n, v in page.attributes))
@@ -118,7 +121,9 @@ def test_report_speaks_the_language_of_the_records(make_run: Make, specialist: S
 
 def test_two_reports_of_one_run_are_equal(make_run: Make, specialist: Specialist) -> None:
     run = make_run(rows(["a", "b"]))
-    assert report(run, specialist) == write_report(run).read_text(encoding="utf-8")
+    first = report(run, specialist)
+    assert write_report(run) == ["report.html", "report.zh.html"]
+    assert (run / "report.html").read_text(encoding="utf-8") == first
 
 
 @pytest.mark.parametrize("task", ["generation", "text"])
