@@ -51,7 +51,8 @@ def make_job(folder: Path, run: Path) -> None:
     from metier.model.lora import attach
     from metier.recipe import AdapterConfig
     from metier.training.labels import render_records
-    from metier.training.train import make_plan, read_split, records_of_step, seed_of
+    from metier.training.schedule import make_plan, records_of_step, seed_of
+    from metier.training.train import read_split
 
     base = load_base("smollm2-135m", dtype=torch.float32, device=torch.device("cpu"))
     renderer = Renderer(base.tokenizer, eos_token_ids(base.path))
@@ -81,7 +82,8 @@ def run_metier(folder: Path, precision: str) -> dict[str, Any]:
     from metier.model.load import load_base, resolve_device, resolve_precision
     from metier.model.lora import attach
     from metier.recipe import AdapterConfig
-    from metier.training.train import Trainer, make_plan, records_of_step
+    from metier.training.loop import Trainer
+    from metier.training.schedule import make_plan, records_of_step
 
     job = json.loads((folder / "job.json").read_text())
     config, device = train_config(precision), resolve_device("cpu")

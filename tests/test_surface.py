@@ -23,7 +23,7 @@ RECIPE_KEYS = """
     train.epochs train.max_steps train.micro_batch_size train.grad_accum_steps train.micro_batch_tokens
     train.max_seq_len train.over_length train.train_on train.learning_rate train.min_learning_rate train.warmup_ratio
     train.weight_decay train.max_grad_norm train.precision train.device train.log_every train.eval_every
-    train.save_every train.report_to
+    train.save_every train.report_to train.recompute
     evaluate.tasks evaluate.max_items evaluate.max_new_tokens evaluate.bootstrap_samples
 """
 

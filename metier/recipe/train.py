@@ -42,7 +42,12 @@ class TrainConfig(Section):
     micro_batch_tokens: Count | Literal["auto"] = Field(
         default="auto",
         description="Tokens in one pass at most; a larger micro-batch is split, with the same result. "
-        "`auto`: 1024 on a CPU, 8192 on a GPU.",
+        "`auto`: as many as fit, fastest first (`metier plan` shows the choice).",
+    )
+    recompute: Literal["auto", "none", "full"] = Field(
+        default="auto",
+        description="`full`: backward computes each layer's activations again instead of keeping them: far less "
+        "memory, a third more time, the same result. `auto`: only where the job does not fit without.",
     )
     max_seq_len: int = Field(default=2048, ge=8, description="Tokens in one record at most.")
     over_length: Literal["reject", "cut_prompt"] = Field(
