@@ -17,12 +17,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+import accelerate
 import torch
 import transformers
 from safetensors import SafetensorError
 from tokenizers import normalizers, pre_tokenizers
 
 from metier.errors import ModelError, RunError
+from metier.model import weights
 from metier.model.embedded import Progress, say
 from metier.model.resolve import base_digest, first_line, read_json, resolve_base
 
@@ -239,12 +241,22 @@ def _check_architecture(path: Path, progress: Progress) -> None:
         )
 
 
+def empty_model(config: Any, dtype: torch.dtype) -> Any:
+    """The model that `config` (a transformers configuration) describes, with no memory for its weights.
+
+    Parameters are on the meta device; buffers, which checkpoints do not hold (rotary frequencies), are real.
+    """
+    # Types of accelerate are partial.
+    init_empty_weights: Any = accelerate.init_empty_weights
+    with _quiet(), init_empty_weights(include_buffers=False):
+        model = _hf.AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation="sdpa")
+    model.tie_weights()
+    return model
+
+
 def _load_model(path: Path, dtype: torch.dtype, device: torch.device, progress: Progress) -> Any:
     try:
-        model, report = _hf.AutoModelForCausalLM.from_pretrained(
-            path, dtype=dtype, device_map={"": device}, attn_implementation="sdpa", use_safetensors=True,
-            trust_remote_code=False, local_files_only=True, output_loading_info=True, ignore_mismatched_sizes=True,
-        )  # fmt: skip
+        model, unexpected, missing = _load_weights(path, dtype, device)
     except torch.OutOfMemoryError as error:
         raise ModelError(
             f"`{path}` does not fit into the memory of {torch.cuda.get_device_name(device)}",
@@ -254,16 +266,34 @@ def _load_model(path: Path, dtype: torch.dtype, device: torch.device, progress: 
         raise ModelError(
             f"`{path}` cannot be loaded by transformers {transformers.__version__}: {first_line(error)}"
         ) from error
-    if missing := sorted(report["missing_keys"]) or sorted(str(key[0]) for key in report["mismatched_keys"]):
+    if missing:
         raise ModelError(
             f"{len(missing)} of the model's weights are not in `{path}` or of another shape, {missing[0]} first",
             hint="config.json and the safetensors are of different models, or a file is missing",
         )
-    if unexpected := report["unexpected_keys"]:
+    if unexpected:
         progress(
             f"{len(unexpected)} tensors of the checkpoint have no place in {type(model).__name__} and are not used"
         )
     return model
+
+
+def _load_weights(path: Path, dtype: torch.dtype, device: torch.device) -> tuple[Any, list[str], list[str]]:
+    """The model, the names in the checkpoint that it has no use for, and those that it misses."""
+    config = _hf.AutoConfig.from_pretrained(path, trust_remote_code=False, local_files_only=True)
+    model, names = empty_model(config, dtype), weights.shard_names(path)
+    if weights.can_fill(model, names, weights.shapes_of(names)):
+        unused = weights.fill(model, names, dtype=dtype, device=device)
+        if (path / "generation_config.json").is_file():
+            model.generation_config = _hf.GenerationConfig.from_pretrained(path)
+        return model, unused, []
+    # Old spellings of names, fused weights, parts that stay in fp32: transformers knows them all.
+    model, report = _hf.AutoModelForCausalLM.from_pretrained(
+        path, dtype=dtype, device_map={"": device}, attn_implementation="sdpa", use_safetensors=True,
+        trust_remote_code=False, local_files_only=True, output_loading_info=True, ignore_mismatched_sizes=True,
+    )  # fmt: skip
+    missing = sorted(report["missing_keys"]) or sorted(str(key[0]) for key in report["mismatched_keys"])
+    return model, sorted(report["unexpected_keys"]), missing
 
 
 @contextlib.contextmanager
