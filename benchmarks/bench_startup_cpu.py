@@ -2,9 +2,9 @@
 
     python benchmarks/bench_startup_cpu.py
 
-SmolLM2-135M-Instruct in fp32 files, to fp32 and bf16. Each load has a process of its own; imports are done before the clock
-starts, the file is in the page cache. Seconds are process time (one thread) and wall; memory is what the process grew by at its
-peak, mapped file pages included. Writes benchmarks/results/startup_<machine>_<yyyymm>.md.
+SmolLM2-135M-Instruct in fp32 files, to fp32 and bf16. Each load has a process of its own; imports are done before
+the clock starts, the file is in the page cache. Seconds are process time (one thread) and wall; memory is what the
+process grew by at its peak, mapped file pages included. Writes benchmarks/results/startup_<machine>_<yyyymm>.md.
 """
 
 from __future__ import annotations
