@@ -33,6 +33,7 @@ COMMANDS = {
     "run": "recipe --out --set",
     "prepare": "recipe --out --set",
     "inspect": "recipe --records --set",
+    "plan": "recipe --card --memory --set --shape",
     "train": "recipe --out --set",
     "evaluate": "recipe --out --set",
     "generate": f"run --base --prompt --system {DECODING}",

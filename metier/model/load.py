@@ -241,6 +241,34 @@ def _check_architecture(path: Path, progress: Progress) -> None:
         )
 
 
+def read_config(name: str, revision: str | None = None, shape: dict[str, Any] | None = None) -> Any:
+    """The transformers configuration of a base model that may have no weights here: folder, GGUF file, alias or hub id.
+
+    `shape` replaces entries of it; with a `model_type` it stands alone, on that architecture's defaults. Raises
+    `ModelError` for what is no model, and for an architecture that transformers does not have.
+    """
+    shape, path = dict(shape or {}), Path(name).expanduser()
+    try:
+        with _quiet():
+            if kind := shape.pop("model_type", None):
+                return _hf.CONFIG_MAPPING[kind](**shape)
+            if path.is_file():
+                config = _hf.AutoConfig.from_pretrained(path.parent, gguf_file=path.name)
+            elif (path / "config.json").is_file() or ("/" in name and not path.exists() and name[0] not in "./~"):
+                config = _hf.AutoConfig.from_pretrained(name, revision=revision, trust_remote_code=False)
+            else:
+                config = _hf.AutoConfig.from_pretrained(resolve_base(name, revision), local_files_only=True)
+            config.get_text_config().update(shape)
+    # A damaged GGUF file or config.json raises whatever its bytes lead to.
+    except (KeyError, ValueError, TypeError, OSError, RuntimeError, ImportError, AttributeError) as error:
+        raise ModelError(
+            f"`{kind or name}` has no configuration that transformers {transformers.__version__} reads: "
+            f"{first_line(error)}",
+            hint="name a folder with config.json, a GGUF file, or a shape: `--shape model_type=llama,hidden_size=4096`",
+        ) from error
+    return config
+
+
 def empty_model(config: Any, dtype: torch.dtype) -> Any:
     """The model that `config` (a transformers configuration) describes, with no memory for its weights.
 

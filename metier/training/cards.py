@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from metier.errors import RecipeError, did_you_mean
@@ -65,27 +65,39 @@ def card_named(name: str) -> Card:
     )  # fmt: skip
 
 
+# What decides between ways to train on a CPU: relative speeds, so that the same job is always cut in the same way.
+_CPU_FP32, _CPU_BF16 = 0.09, 0.3
+
+
 def card_here(device: Any) -> Card:
-    """The device at hand, its arithmetic measured in a fraction of a second, its memory as much as is free now."""
+    """The device at hand: its memory as much as is free now, its arithmetic as the table or its generation has it."""
     import torch
 
-    name = (
-        torch.cuda.get_device_name(device) if device.type == "cuda" else f"this CPU, {torch.get_num_threads()} threads"
-    )
-    if device.type == "cuda":
-        free, _ = torch.cuda.mem_get_info(device)
-        free += torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-        capability = torch.cuda.get_device_capability(device)
-        has_bf16 = capability >= (8, 0)
-        half = _rate(device, torch.bfloat16 if has_bf16 else torch.float16)
-        fp8 = half * 1.9 if capability >= (8, 9) else 0.0
-        return Card(name, free, half, fp8, _rate(device, torch.float32), 0.0, has_bf16=has_bf16)
-    fp32 = _rate(device, torch.float32)
-    # Without units for it bf16 is far slower than fp32: then it is not worth measuring.
-    capabilities: dict[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()
-    has_bf16 = any(capabilities.get(unit, False) for unit in ("avx512_bf16", "amx_bf16"))
-    half = _rate(device, torch.bfloat16) if has_bf16 else fp32 / 9
-    return Card(name, _free_host_memory(), half, 0.0, fp32, 0.0, has_bf16=has_bf16, is_cpu=True)
+    if device.type != "cuda":
+        # Without units for it bf16 is far slower than fp32.
+        capabilities: dict[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()
+        has_bf16 = any(capabilities.get(unit, False) for unit in ("avx512_bf16", "amx_bf16"))
+        half = _CPU_BF16 if has_bf16 else _CPU_FP32 / 9
+        name = f"this CPU, {torch.get_num_threads()} threads"
+        return Card(name, _free_host_memory(), half, 0.0, _CPU_FP32, 0.0, has_bf16=has_bf16, is_cpu=True)
+    name = torch.cuda.get_device_name(device)
+    free, _ = torch.cuda.mem_get_info(device)
+    free += torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    capability = torch.cuda.get_device_capability(device)
+    key = next((k for k in _SHEETS if k.partition("-")[0] in name.lower().replace(" ", "")), None)
+    like = card_named(key or ("rtx4090" if capability >= (8, 9) else "a10" if capability >= (8, 0) else "t4"))
+    return replace(like, name=name, memory_bytes=free)
+
+
+def measured(card: Card, device: Any) -> Card:
+    """`card`, the device at hand, with its arithmetic measured in a fraction of a second."""
+    import torch
+
+    half = _rate(device, torch.bfloat16 if card.has_bf16 else torch.float16) if not card.is_cpu else 0.0
+    if card.is_cpu:
+        half = _rate(device, torch.bfloat16) if card.has_bf16 else _rate(device, torch.float32) / 9
+    fp8 = half * card.fp8_tflops / card.half_tflops
+    return replace(card, half_tflops=half, fp8_tflops=fp8, fp32_tflops=_rate(device, torch.float32))
 
 
 def _rate(device: Any, dtype: Any) -> float:

@@ -32,7 +32,6 @@ class Saved:
 
     norm_input_fp32: bool
     normed: float
-    attention: float
     repeats_kv: bool
     dense_mask: bool
     gated_mlp: float
@@ -44,11 +43,11 @@ class Saved:
 # fused: metier's kernels, which compute norms, SwiGLU and X A^T again.
 SAVED = {
     "generic": Saved(
-        norm_input_fp32=True, normed=1, attention=4, repeats_kv=True, dense_mask=True, gated_mlp=4, plain_mlp=2,
+        norm_input_fp32=True, normed=1, repeats_kv=True, dense_mask=True, gated_mlp=4, plain_mlp=2,
         chunked_loss=False,
     ),
     "fused": Saved(
-        norm_input_fp32=False, normed=0, attention=2, repeats_kv=False, dense_mask=False, gated_mlp=2, plain_mlp=2,
+        norm_input_fp32=False, normed=0, repeats_kv=False, dense_mask=False, gated_mlp=2, plain_mlp=2,
         chunked_loss=True,
     ),
 }  # fmt: skip
@@ -144,7 +143,7 @@ def layer_bytes(shape: Shape, element: int, tokens: int, *, dropout: bool = Fals
         multiple -= 1
     elements = shape.adapted_norms * saved.normed * shape.hidden
     # Query and output, keys and values.
-    elements += saved.attention / 2 * (shape.query + key_value)
+    elements += 2 * (shape.query + key_value)
     elements += multiple * shape.mlp + shape.rank_sum / shape.num_layers
     per_token = elements * element + shape.num_norms * shape.hidden * norm_input + 4 * shape.heads
     if shape.has_qk_norm and saved.norm_input_fp32:

@@ -11,6 +11,7 @@ import contextlib
 import signal
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,15 +19,19 @@ import polars
 
 from metier.artifacts import complete, read_manifest, work_folder, write_atomic
 from metier.errors import DataError, Interrupted, RunError
-from metier.model.chat import Message, Renderer, eos_token_ids
-from metier.model.load import Base
+from metier.model.chat import Message, Rendered, Renderer, eos_token_ids
+from metier.model.load import Base, empty_model
 from metier.model.lora import attach, save_adapter
 from metier.recipe import AdapterConfig, TrainConfig
 from metier.training import ranks
+from metier.training.cards import GIB, card_here
+from metier.training.fit import job_of
 from metier.training.labels import LabelReport, render_records
 from metier.training.loop import Report, Trainer
+from metier.training.memory import shape_of
 from metier.training.pack import pack_batches
-from metier.training.schedule import make_plan, seed_of
+from metier.training.plan import CONTEXT_BYTES, best, choices
+from metier.training.schedule import Plan, make_plan, seed_of
 from metier.training.stop import StopRequest
 from metier.training.track import Metrics
 
@@ -74,6 +79,7 @@ def train(
     share = 100 * adapter.num_parameters / total
     say(f"trainable params: {adapter.num_parameters:,} || all params: {total:,} || trainable%: {share:.4f}")
     plan = make_plan(config, len(splits["train"]), base.config.hidden_size, base.device)
+    plan = _fitted(plan, base, adapter_config, config, splits["train"], say)
     val_records = ranks.share(splits["val"], [record.num_tokens for record in splits["val"]])
     val_batches = pack_batches(val_records, plan.micro_batch_tokens, max(1, len(val_records)))
     work = ranks.from_first(work_folder(out, key) if not ranks.rank() else None)
@@ -99,6 +105,34 @@ def train(
             "labels": {split: counted.as_dict() for split, counted in labels.items()},
         },
     )  # fmt: skip
+
+
+def _fitted(
+    plan: Plan,
+    base: Base,
+    adapter: AdapterConfig,
+    config: TrainConfig,
+    records: list[Rendered],
+    say: Callable[[str], None],
+) -> Plan:
+    """`plan` with the tokens in a pass, and the recomputation, that fit into what the device has left.
+
+    The base is loaded already, so its own memory, and CUDA's, count no more; a resumed run keeps what it had.
+    """
+    shape = shape_of(empty_model(base.model.config, base.dtype), adapter)
+    card, job = card_here(base.device), job_of(records, adapter, config)
+    precision = {4: "fp32", 2: "bf16"}[base.dtype.itemsize]
+    ways = choices(shape, job, card, config, [precision])
+    loaded = ways[0].memory["frozen base"] + (0 if card.is_cpu else CONTEXT_BYTES)
+    chosen = best(ways, card.memory_bytes + loaded)
+    if chosen is None:
+        chosen = min(ways, key=lambda way: way.total_bytes)
+        say(f"memory may not suffice: {(chosen.total_bytes - loaded) / GIB:.1f} GiB are needed, "
+            f"{card.memory_bytes / GIB:.1f} are free; the leanest way is tried")  # fmt: skip
+    chosen = ranks.from_first(chosen)
+    say(f"passes of {chosen.micro_batch_tokens} tokens, {'with' if chosen.recompute else 'no'} recomputation; "
+        f"{(chosen.total_bytes - loaded) / GIB:.1f} GiB beside the base expected")  # fmt: skip
+    return replace(plan, micro_batch_tokens=chosen.micro_batch_tokens, recompute=chosen.recompute)
 
 
 def _loop(trainer: Trainer, work: Path, report_to: list[str], run_name: str, report: Report) -> None:

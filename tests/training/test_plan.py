@@ -2,20 +2,32 @@
 
 from __future__ import annotations
 
+import dataclasses
+import shutil
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import transformers
+from click.testing import Result
+from typer.testing import CliRunner
 
+from metier.cli import app
+from metier.errors import MetierError, RecipeError, RunError
 from metier.model.chat import Rendered
-from metier.model.load import empty_model
+from metier.model.load import empty_model, read_config
 from metier.model.lora import attach
 from metier.model.recompute import set_recompute
-from metier.recipe import AdapterConfig
-from metier.training.memory import activation_bytes, kept_inputs_bytes, shape_of
+from metier.recipe import AdapterConfig, TrainConfig
+from metier.training import memory
+from metier.training.cards import GIB, Card, card_here, card_named
+from metier.training.fit import refuse_what_cannot_fit
+from metier.training.memory import activation_bytes, kept_inputs_bytes, layer_bytes, shape_of
 from metier.training.pack import collate
+from metier.training.plan import Job, best, choices, cost
 from metier.training.step import loss_sum
+from tests.model.tiny_gguf import save_tiny_gguf
 
 WIDTHS = {"vocab_size": 250, "hidden_size": 96, "intermediate_size": 256, "num_hidden_layers": 5,
           "num_attention_heads": 6, "num_key_value_heads": 2, "bos_token_id": 1, "eos_token_id": 2,
@@ -93,3 +105,123 @@ def test_recomputation_keeps_the_layers_inputs_alone() -> None:
     # The one layer in full comes during backward.
     assert kept_inputs_bytes(shape, 2, tokens) == pytest.approx(counted, rel=0.1)
     assert counted < activation_bytes(shape, 2, tokens, recompute=True)
+
+
+SEVEN_B = transformers.LlamaConfig()
+SEVENTY_B = transformers.LlamaConfig(
+    hidden_size=8192, intermediate_size=28672, num_hidden_layers=80, num_attention_heads=64, num_key_value_heads=8
+)
+
+
+def sixteen_gb() -> Card:
+    return dataclasses.replace(card_named("t4"), memory_bytes=16 * GIB, has_bf16=True)
+
+
+def job(longest: int) -> Job:
+    return Job(mean_tokens=longest / 2, longest=longest, loss_share=0.3, records_per_pass=16, dropout=False)
+
+
+@pytest.mark.parametrize("fused", [False, True])
+def test_7b_fits_into_16_gib_and_70b_in_nf4_into_80(fused: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(memory, "FUSED", frozenset({"LlamaForCausalLM"} if fused else ()))
+    config = TrainConfig()
+    seven = shape_of(empty_model(SEVEN_B, torch.bfloat16), AdapterConfig())
+    assert seven.path == ("fused" if fused else "generic")
+    assert seven.layer_weights + seven.other_weights == 6_738_415_616
+    assert seven.adapter_weights == 39_976_960
+    chosen = best(choices(seven, job(1024), sixteen_gb(), config, ["bf16"]), 16 * GIB)
+    assert chosen
+    assert chosen.recompute
+    lean = best(choices(seven, job(2048), sixteen_gb(), config, ["nf4"]), 6 * GIB)
+    assert bool(lean) == fused
+    seventy = shape_of(empty_model(SEVENTY_B, torch.bfloat16), AdapterConfig())
+    one = Job(mean_tokens=2048, longest=2048, loss_share=0.3, records_per_pass=1, dropout=False)
+    chosen = best(choices(seventy, one, card_named("h100"), config, ["nf4"]), card_named("h100").memory_bytes)
+    assert chosen
+    assert 36 * GIB < chosen.total_bytes < 79 * GIB
+    assert best(choices(seventy, one, card_named("h100"), config, ["bf16"]), card_named("h100").memory_bytes) is None
+
+
+def test_the_saved_bytes_of_a_7b_layer_are_those_of_the_paper_calculation() -> None:
+    """2 d + 4 d + 2 f numbers of two bytes a token and layer: 93.3 kB for LLaMA-2-7B, and 0.26 MB recomputed."""
+    shape = dataclasses.replace(shape_of(empty_model(SEVEN_B, torch.bfloat16), AdapterConfig()), path="fused")
+    per_token = layer_bytes(shape, 2, 1000) / 1000
+    assert per_token == pytest.approx(93_300, rel=0.02)
+    assert kept_inputs_bytes(shape, 2, 1000) / 1000 == pytest.approx(262_000, rel=0.05)
+
+
+def test_more_memory_is_never_slower_and_the_choice_always_fits() -> None:
+    shape = shape_of(empty_model(SEVEN_B, torch.bfloat16), AdapterConfig())
+    ways = choices(shape, job(512), card_named("h100"), TrainConfig(), ["bf16"])
+    rates = []
+    for gib in (12, 15, 16, 20, 24, 40, 80):
+        chosen = best(ways, gib * GIB)
+        assert chosen is None or chosen.total_bytes <= gib * GIB
+        rates.append(chosen.tok_per_sec if chosen else 0.0)
+    assert rates[0] == 0
+    assert all(b >= 0.98 * a for a, b in zip(rates, rates[1:], strict=False))
+
+
+def test_what_the_recipe_states_is_kept() -> None:
+    shape = shape_of(empty_model(SEVEN_B, torch.bfloat16), AdapterConfig())
+    stated = TrainConfig(micro_batch_tokens=777, recompute="full")
+    ways = choices(shape, job(512), card_named("h100"), stated, ["bf16"])
+    assert [(way.micro_batch_tokens, way.recompute) for way in ways] == [(777, True)]
+
+
+def test_a_job_that_cannot_fit_is_a_sentence_that_says_what_would() -> None:
+    shape = shape_of(empty_model(SEVENTY_B, torch.bfloat16), AdapterConfig())
+    with pytest.raises(
+        RunError, match=r"does not fit into 16.0 GiB.*needs 1..\.. GiB, 128\.. of it for the frozen base"
+    ):
+        refuse_what_cannot_fit(shape, sixteen_gb(), TrainConfig(precision="bf16"))
+    with pytest.raises(RecipeError, match="h1000.*did you mean `h100`"):
+        card_named("h1000")
+
+
+def test_the_cpu_at_hand_is_described_the_same_way_twice() -> None:
+    here, again = card_here(torch.device("cpu")), card_here(torch.device("cpu"))
+    assert here.is_cpu
+    assert (here.half_tflops, here.fp32_tflops) == (again.half_tflops, again.fp32_tflops)
+    assert cost(
+        shape_of(empty_model(CONFIGS["llama3"], torch.float32), AdapterConfig()), job(64), here, precision="fp32",
+        recompute=False, budget=256,
+    ).total_bytes < 20_000_000  # fmt: skip
+
+
+def run(*arguments: str) -> Result:
+    return CliRunner().invoke(app, ["plan", *arguments])
+
+
+def test_the_verb_prints_a_plan_without_weights_and_refuses_what_cannot_fit(tiny_base: Path, tmp_path: Path) -> None:
+    bare = tmp_path / "bare"
+    bare.mkdir()
+    shutil.copy(tiny_base / "config.json", bare)
+    (tmp_path / "notes.csv").write_text("q,a\n" + "\n".join(f"question {i},answer {i % 3}" for i in range(60)))
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(f"base: {bare}\nout: {tmp_path / 'run'}\ndata: {{sources: [notes.csv], val: 5, test: 5}}\n")
+    done = run(str(recipe), "--shape", "model_type=llama", "--memory", "16")
+    assert done.exit_code == 0, done.exception
+    assert "6.74 B weights, 32 layers; generic path" in done.stdout
+    assert "plan: base in bf16, with recomputation" in done.stdout
+    done = run(str(recipe), "--set", "train.precision=fp32")
+    assert done.exit_code == 0, done.exception
+    assert "frozen base" in done.stdout
+    done = run(str(recipe), "--set", f"base={tiny_base}")
+    assert "50 training records" in done.stdout, done.exception
+    for problem, wrong in {
+        "does not fit into 8.0 GiB": ["--shape", "model_type=llama", "--memory", "8", "--set", "train.precision=bf16"],
+        "`nonsense` has no configuration": ["--shape", "model_type=nonsense"],
+        "expected key=value": ["--shape", "12"],
+        "not in the table": ["--card", "h1000"],
+    }.items():
+        with pytest.raises(MetierError, match=problem):
+            raise run(str(recipe), *wrong).exception or AssertionError(wrong)
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_gguf_file_is_planned_from_its_header(tmp_path: Path) -> None:
+    model = save_tiny_gguf(tmp_path / "tiny.gguf")
+    config = read_config(str(tmp_path / "tiny.gguf"))
+    want = shape_of(model, AdapterConfig(rank=2))
+    assert shape_of(empty_model(config, torch.float32), AdapterConfig(rank=2)) == want
