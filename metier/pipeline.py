@@ -111,13 +111,17 @@ def _train(recipe: Recipe, out: Path, ui: Ui) -> None:
     if is_current(out / "adapter", key):
         ui.say("adapter: up to date")
         return
-    from metier.model.load import load_base, resolve_device, resolve_precision
+    from metier.model.load import load_base, resolve_device, resolve_precision, storage_of
     from metier.training.train import train
 
     device = resolve_device(recipe.train.device)
     dtype = resolve_precision(recipe.train.precision, device)
-    ui.say(f"training on {device.type} in {str(dtype).removeprefix('torch.')}")
-    base = load_base(recipe.base, revision=recipe.revision, dtype=dtype, device=device, progress=ui.say)
+    storage = storage_of(recipe.train.precision)
+    kept = "" if storage == "dense" else f", the base's weights in {storage}"
+    ui.say(f"training on {device.type} in {str(dtype).removeprefix('torch.')}{kept}")
+    base = load_base(
+        recipe.base, revision=recipe.revision, dtype=dtype, device=device, storage=storage, progress=ui.say
+    )
     manifest = train(
         base, recipe.adapter, recipe.train, dataset=out / "dataset", out=out / "adapter", seed=recipe.seed, key=key,
         report=ui.progress, say=ui.say,

@@ -23,7 +23,9 @@ from safetensors import SafetensorError
 from tokenizers import normalizers, pre_tokenizers
 
 from metier.errors import ModelError, RunError
+from metier.kernels.frozen import Storage
 from metier.model.embedded import Progress, say
+from metier.model.quantise import check_storage, quantise_model
 from metier.model.resolve import base_digest, first_line, read_json, resolve_base
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "tekken.json")
@@ -32,7 +34,7 @@ _hf: Any = transformers
 
 
 Device = Literal["auto", "cpu", "cuda"]
-Precision = Literal["auto", "fp32", "bf16", "fp16"]
+Precision = Literal["auto", "fp32", "bf16", "fp16", "fp8", "nf4"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,6 +54,12 @@ class Base:
     digest: str
     dtype: torch.dtype
     device: torch.device
+    storage: Storage = "dense"
+
+    @property
+    def precision(self) -> str:
+        """How the weights are kept: `fp8`, `nf4`, or the dtype's name."""
+        return str(self.dtype).removeprefix("torch.") if self.storage == "dense" else self.storage
 
     @property
     def config(self) -> Any:
@@ -65,14 +73,16 @@ def load_base(
     revision: str | None = None,
     dtype: torch.dtype,
     device: torch.device,
+    storage: Storage = "dense",
     progress: Progress = say,
 ) -> Base:
     """Loads a base model and its tokenizer onto `device` in `dtype`, frozen, with SDPA attention.
 
-    Raises `ModelError` for what `resolve_base` refuses, a checkpoint that needs code of its own, an
+    With `storage` fp8 or nf4 its linear layers but the head are quantised. Raises `ModelError` for what `resolve_base` refuses, a checkpoint that needs code of its own, an
     architecture that transformers does not have, damaged or missing weights, a missing tokenizer, and a
     vocabulary that is larger than the embeddings.
     """
+    check_storage(storage, device)
     name = str(path_or_name)
     path = resolve_base(name, revision, progress=progress)
     with _quiet():
@@ -86,9 +96,10 @@ def load_base(
             f"the tokenizer in `{path}` has ids up to {top}, and the model has embeddings for {rows} tokens only",
             hint="tokens were added without resizing the model; use the tokenizer that the weights were saved with",
         )
+    quantise_model(model, storage)
     model.requires_grad_(False).eval()
     commit = path.name if path.parent.name == "snapshots" else None
-    return Base(model, tokenizer, path, name, commit, base_digest(path), dtype, device)
+    return Base(model, tokenizer, path, name, commit, base_digest(path), dtype, device, storage)
 
 
 def load_tokenizer(path: Path) -> Any:
@@ -179,11 +190,12 @@ def resolve_device(name: Device) -> torch.device:
 
 
 def resolve_precision(name: Precision, device: torch.device, *, progress: Progress = say) -> torch.dtype:
-    """The dtype of the frozen base and of the arithmetic on `device`.
+    """The dtype of the arithmetic on `device`, and of the frozen base unless `storage_of` says otherwise.
 
     `auto` is bf16 where the device has units for it (compute capability 8.0 and up; AVX512-BF16 or AMX),
     else fp16 on a GPU and fp32 on a CPU. bf16 on a CPU without units is allowed, with a word of warning: it
-    was measured 9 times slower than fp32. Raises `ModelError` for fp16 on a CPU and bf16 on an older GPU.
+    was measured 9 times slower than fp32. fp8 and nf4 compute in what `auto` takes. Raises `ModelError` for fp16 on a CPU, bf16 on an older GPU, and
+    fp8 and nf4 where the device has no way to multiply them.
     """
     if device.type == "cuda":
         has_bf16 = torch.cuda.get_device_capability(device) >= (8, 0)
@@ -191,7 +203,8 @@ def resolve_precision(name: Precision, device: torch.device, *, progress: Progre
         # Without the query (torch before 2.13) fp32 is the safe answer.
         capabilities: dict[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()
         has_bf16 = any(capabilities.get(unit, False) for unit in ("avx512_bf16", "amx_bf16"))
-    if name == "auto":
+    check_storage(storage_of(name), device)
+    if name in ("auto", "fp8", "nf4"):
         without = torch.float16 if device.type == "cuda" else torch.float32
         return torch.bfloat16 if has_bf16 else without
     if name == "fp16" and device.type == "cpu":
@@ -205,6 +218,11 @@ def resolve_precision(name: Precision, device: torch.device, *, progress: Progre
             )
         progress("precision: bf16 is slow on this CPU, which has no units for it; fp32 is several times faster")
     return {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[name]
+
+
+def storage_of(name: Precision) -> Storage:
+    """How `precision` keeps the linear layers' weights."""
+    return name if name in ("fp8", "nf4") else "dense"
 
 
 def _check_architecture(path: Path, progress: Progress) -> None:

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from metier.kernels.reference import cross_entropy_sum
+from metier.model.fused import FusedModel
 from metier.training.pack import PackedBatch
 
 
@@ -27,7 +28,12 @@ class StepResult:
 
 
 def loss_sum(model: Any, batch: PackedBatch) -> torch.Tensor:
-    """Summed cross-entropy in nats (fp32 scalar) of one pass; only supervised positions reach the output head."""
+    """Summed cross-entropy in nats (fp32 scalar) of one pass; only supervised positions reach the output head.
+
+    `model` is a transformers model, or the `FusedModel` over one.
+    """
+    if isinstance(model, FusedModel):
+        return model.loss_sum(batch)
     logits = model(
         input_ids=batch.input_ids,
         position_ids=batch.position_ids,

@@ -22,8 +22,10 @@ import torch
 from metier.artifacts import complete, read_manifest, work_folder, write_atomic
 from metier.errors import DataError, Interrupted, RunError
 from metier.model.chat import Message, Rendered, Renderer, eos_token_ids
+from metier.model.fused import fuse
 from metier.model.load import Base, tokens_per_pass
 from metier.model.lora import Adapter, attach, save_adapter
+from metier.model.quantise import count_parameters
 from metier.recipe import AdapterConfig, TrainConfig
 from metier.training.checkpoint import Progress, load_checkpoint, save_checkpoint
 from metier.training.labels import LabelReport, render_records
@@ -121,6 +123,7 @@ class Trainer:
 
     def __post_init__(self) -> None:
         self.progress = Progress()
+        self.model = fuse(self.base.model, self.adapter) or self.base.model
         self.best: dict[str, torch.Tensor] = self.adapter.tensors()
         self.optimizer = torch.optim.AdamW(
             list(self.adapter.parameters.values()), lr=self.plan.peak_learning_rate,
@@ -136,7 +139,7 @@ class Trainer:
         batches = pack_batches(chosen, self.plan.micro_batch_tokens, self.config.micro_batch_size)
         torch.manual_seed(seed_of("dropout", self.seed, number))
         result = train_step(
-            self.base.model,
+            self.model,
             self.optimizer,
             [batch.to(self.base.device) for batch in batches],
             learning_rate=self.learning_rate,
@@ -166,7 +169,7 @@ class Trainer:
 
     def validate(self) -> float | None:
         """Loss on the val split, if there is one; keeps the adapter when it is the best so far."""
-        val_loss = mean_loss(self.base.model, self.val_batches) if self.val_batches else None
+        val_loss = mean_loss(self.model, self.val_batches) if self.val_batches else None
         best = self.progress.best_val_loss
         if val_loss is not None and not math.isfinite(val_loss):
             self.say(f"step {self.progress.step}: the loss on the val split is not finite; this adapter is not kept")
@@ -269,7 +272,7 @@ def train(
     _tell_left_out(labels, say)
 
     adapter = attach(base.model, adapter_config, seed=seed_of("adapter", seed))
-    total = sum(p.numel() for p in base.model.parameters())
+    total = count_parameters(base.model)
     share = 100 * adapter.num_parameters / total
     say(f"trainable params: {adapter.num_parameters:,} || all params: {total:,} || trainable%: {share:.4f}")
     plan = make_plan(config, len(splits["train"]), base.config.hidden_size, base.device)
@@ -312,7 +315,7 @@ def _facts(trainer: Trainer) -> dict[str, Any]:
     return {
         "seed": trainer.seed,
         "base": {"name": base.name, "revision": base.revision, "digest": base.digest, "path": str(base.path)},
-        "precision": str(base.dtype).removeprefix("torch."),
+        "precision": base.precision,
         "device": base.device.type,
         "trainable_parameters": trainer.adapter.num_parameters,
         "steps": progress.step,
