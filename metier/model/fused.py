@@ -21,7 +21,7 @@ from torch.utils.checkpoint import checkpoint
 from metier.kernels import ops
 from metier.kernels.attention import Documents, attend, takes_flash
 from metier.kernels.frozen import DenseWeight, Fp8Weight, FrozenWeight, stack
-from metier.kernels.loss import head_loss
+from metier.kernels.loss import Head, head_loss
 from metier.kernels.reference import Heads, Rotation, Rows
 from metier.model.lora import Adapter, LoRALinear
 from metier.model.quantise import FrozenLinear
@@ -273,17 +273,18 @@ class FusedModel:
 
     def loss_sum(self, batch: Batch) -> torch.Tensor:
         """Summed cross-entropy in nats (fp32 scalar) of one pass."""
-        hidden = self.hidden(batch)[batch.loss_positions]
         norm = self.decoder.norm
-        return head_loss(_final_norm(hidden, norm.weight, norm.variance_epsilon), self.head, batch.loss_targets)
+        head = Head(norm.weight, norm.variance_epsilon, self.head)
+        return head_loss(self.hidden(batch), batch.loss_positions, batch.loss_targets, head)
 
     def hidden(self, batch: Batch) -> torch.Tensor:
         """The last layer's output before the final norm, [M, I]."""
         self.refresh()
         x = self.model.get_input_embeddings()(batch.input_ids)[0]
         documents = Documents.of(batch.lengths, x.device, is_flash=self.is_flash)
-        wide = torch.promote_types(x.dtype, torch.float32)
-        cos, sin = self.decoder.rotary_emb(x[None].to(wide), batch.position_ids)
+        # The module reads the dtype and the device of its first argument alone.
+        wide = torch.empty(1, dtype=torch.promote_types(x.dtype, torch.float32), device=x.device)
+        cos, sin = self.decoder.rotary_emb(wide, batch.position_ids)
         half = cos.shape[-1] // 2
         rotation = Rotation(cos[0, :, :half].contiguous(), sin[0, :, :half].contiguous())
         for layer in self.layers:
@@ -302,11 +303,6 @@ class FusedModel:
         keeps = self.recompute != "mlp"
         parameters = (*layer.gate_up.parameters, *layer.down.parameters)
         return _Mlp.apply(x, layer, keeps, *parameters)  # type: ignore[no-any-return, no-untyped-call]
-
-
-def _final_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
-    work = x.to(torch.promote_types(x.dtype, torch.float32))
-    return weight * (work * torch.rsqrt(work.square().mean(-1, keepdim=True) + eps)).to(x.dtype)
 
 
 def is_fused_architecture(config: Any) -> bool:
