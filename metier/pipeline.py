@@ -111,9 +111,16 @@ def _train(recipe: Recipe, out: Path, ui: Ui) -> None:
     if is_current(out / "adapter", key):
         ui.say("adapter: up to date")
         return
-    from metier.model.load import empty_model, load_base, read_config, resolve_device, resolve_precision
+    from metier.model.load import (
+        empty_model,
+        load_base,
+        read_config,
+        resolve_device,
+        resolve_precision,
+        storage_of,
+    )
     from metier.training.cards import card_here
-    from metier.training.fit import refuse_what_cannot_fit
+    from metier.training.fit import precision_that_fits
     from metier.training.memory import shape_of
     from metier.training.train import train
 
@@ -121,9 +128,12 @@ def _train(recipe: Recipe, out: Path, ui: Ui) -> None:
     dtype = resolve_precision(recipe.train.precision, device)
     # Before any weight is loaded: what is misspelt, and what can never fit.
     shape = shape_of(empty_model(read_config(str(path)), dtype), recipe.adapter)
-    refuse_what_cannot_fit(shape, card_here(device), recipe.train)
-    ui.say(f"training on {device.type} in {str(dtype).removeprefix('torch.')}")
-    base = load_base(recipe.base, revision=recipe.revision, dtype=dtype, device=device, progress=ui.say)
+    storage = storage_of(precision_that_fits(shape, card_here(device), recipe.train))
+    kept = "" if storage == "dense" else f", the base's weights in {storage}"
+    ui.say(f"training on {device.type} in {str(dtype).removeprefix('torch.')}{kept}")
+    base = load_base(
+        recipe.base, revision=recipe.revision, dtype=dtype, device=device, storage=storage, progress=ui.say
+    )
     manifest = train(
         base, recipe.adapter, recipe.train, dataset=out / "dataset", out=out / "adapter", seed=recipe.seed, key=key,
         report=ui.progress, say=ui.say,

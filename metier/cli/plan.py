@@ -130,8 +130,8 @@ def _print_choice(found: Any, speed: Any, card: Any, recipe: Any, job: Any, reco
     from metier.training.cards import GIB
 
     chosen = found.chosen
-    recompute = "with recomputation" if chosen.recompute else "no recomputation"
-    typer.echo(f"plan: base in {chosen.precision}, {recompute}, passes of {chosen.micro_batch_tokens} tokens")
+    how = f"recomputation: {chosen.recompute}, passes of {chosen.micro_batch_tokens} tokens"
+    typer.echo(f"plan: base in {chosen.precision}, {how}")
     for part, size in chosen.memory.items():
         typer.echo(f"  {part:<26}{size / GIB:8.2f} GiB")
     typer.echo(f"  {'in all':<26}{chosen.total_bytes / GIB:8.2f} of {card.memory_bytes / GIB:.1f} GiB")
@@ -149,7 +149,7 @@ def _print_choice(found: Any, speed: Any, card: Any, recipe: Any, job: Any, reco
         fitting = [way for way in ways if way.total_bytes <= card.memory_bytes]
         way = max(fitting, key=lambda w: rates[key(w)]) if fitting else min(ways, key=lambda w: w.total_bytes)
         typer.echo(
-            f"      {way.precision:<11}{'full' if way.recompute else 'none':<11}{way.micro_batch_tokens:>16}"
+            f"      {way.precision:<11}{way.recompute:<11}{way.micro_batch_tokens:>16}"
             f"{way.total_bytes / GIB:>8.1f}{rates[key(way)]:>10,.0f}{'' if fitting else '  does not fit'}"
         )
 

@@ -41,7 +41,7 @@ class Progress:
     metrics_bytes: int = 0
     seconds: float = 0.0
     micro_batch_tokens: int = 0
-    recompute: bool = False
+    recompute: str = "none"
     step_backs: list[dict[str, Any]] = field(default_factory=list)
 
 

@@ -77,11 +77,15 @@ def fit(shape: Shape, job: Job, card: Card, config: TrainConfig) -> Fit:
     return Fit(chosen, ways)
 
 
-def refuse_what_cannot_fit(shape: Shape, card: Card, config: TrainConfig) -> None:
-    """Raises `RunError` where not even a single short record can be trained on: before any weight is loaded."""
+def precision_that_fits(shape: Shape, card: Card, config: TrainConfig) -> str:
+    """What `train.precision` means on `card`: the most exact that leaves room for training on one short record.
+
+    Raises `RunError` where none does: before any weight is loaded.
+    """
     least = fit(shape, Job(64, 64, 0.5, 1, dropout=False), card, config)
     if least.chosen is None:
         raise cannot_fit(least.leanest, card, config)
+    return least.chosen.precision
 
 
 def cannot_fit(leanest: Choice, card: Card, config: TrainConfig) -> RunError:
@@ -93,11 +97,11 @@ def cannot_fit(leanest: Choice, card: Card, config: TrainConfig) -> RunError:
     ideas += [f"`train.precision: {fewer[-1]}`"] if fewer else []
     if part in ("activations", "loss"):
         ideas.insert(0, "a smaller `train.max_seq_len`")
-        if not leanest.recompute:
+        if leanest.recompute != "full":
             ideas.insert(0, "`train.recompute: full`")
-    recompute = "with recomputation" if leanest.recompute else "without recomputation"
     return RunError(
-        f"this training does not fit into {held:.1f} GiB: the leanest way (base in {leanest.precision}, {recompute}, "
-        f"passes of {leanest.micro_batch_tokens} tokens) needs {needed:.1f} GiB, {size / GIB:.1f} of it for the {part}",
+        f"this training does not fit into {held:.1f} GiB: the leanest way (base in {leanest.precision}, "
+        f"recomputation: {leanest.recompute}, passes of {leanest.micro_batch_tokens} tokens) "
+        f"needs {needed:.1f} GiB, {size / GIB:.1f} of it for the {part}",
         hint=f"what would fit: {', '.join(ideas)}",
     )

@@ -18,6 +18,7 @@ import torch
 
 from metier.errors import RunError
 from metier.model.chat import Rendered
+from metier.model.fused import fuse
 from metier.model.load import Base
 from metier.model.lora import Adapter
 from metier.model.recompute import can_recompute, set_recompute
@@ -61,7 +62,8 @@ class Trainer:
             list(self.adapter.parameters.values()), lr=self.plan.peak_learning_rate,
             weight_decay=self.config.weight_decay, fused=True,
         )  # fmt: skip
-        self.has_val = ranks.totals(len(self.val_batches), device=self.base.device)[0] > 0
+        self.model = fuse(self.base.model, self.adapter) or self.base.model
+        self.has_val = ranks.totals(len(self.val_batches))[0] > 0
         is_fp16 = self.base.dtype == torch.float16
         self.scaler = torch.amp.GradScaler(self.base.device.type, enabled=is_fp16)
 
@@ -87,7 +89,7 @@ class Trainer:
         batches = pack_batches(mine, self.progress.micro_batch_tokens, self.config.micro_batch_size)
         torch.manual_seed(seed_of("dropout", self.seed, number, *([ranks.rank()] if ranks.rank() else [])))
         return train_step(
-            self.base.model,
+            self.model,
             self.optimizer,
             [batch.to(self.base.device) for batch in batches],
             learning_rate=self.learning_rate,
@@ -131,14 +133,14 @@ class Trainer:
         if not progress.step_backs and progress.micro_batch_tokens > longest:
             progress.micro_batch_tokens = max(longest, progress.micro_batch_tokens // 2)
             remedy = f"passes of {progress.micro_batch_tokens} tokens"
-        elif not progress.recompute and can_recompute(self.base.model):
-            progress.recompute = True
-            set_recompute(self.base.model, True)
+        elif progress.recompute != "full" and can_recompute(self.model):
+            progress.recompute = "full"
+            set_recompute(self.model, "full")
             remedy = "activations are recomputed"
         else:
             raise RunError(
-                f"out of memory in step {progress.step + 1}, with passes of {progress.micro_batch_tokens} tokens"
-                f"{' and recomputation' if progress.recompute else ''} ({reason})",
+                f"out of memory in step {progress.step + 1}, with passes of {progress.micro_batch_tokens} tokens and "
+                f"recomputation: {progress.recompute} ({reason})",
                 hint="`metier plan` says what fits: a smaller base, fewer bits (`train.precision`), or shorter records "
                 "(`train.max_seq_len`); the last checkpoint is intact",
             )
@@ -155,7 +157,7 @@ class Trainer:
 
     def validate(self) -> float | None:
         """Loss on the val split, if there is one; keeps the adapter when it is the best so far."""
-        val_loss = mean_loss(self.base.model, self.val_batches) if self.has_val else None
+        val_loss = mean_loss(self.model, self.val_batches) if self.has_val else None
         best = self.progress.best_val_loss
         if val_loss is not None and not math.isfinite(val_loss):
             self.say(f"step {self.progress.step}: the loss on the val split is not finite; this adapter is not kept")
@@ -193,7 +195,7 @@ class Trainer:
                 self.optimizer.state[parameter] = state
         if extra["scaler"]:
             self.scaler.load_state_dict(extra["scaler"])
-        set_recompute(self.base.model, self.progress.recompute)
+        set_recompute(self.model, self.progress.recompute)
         return True
 
     def loop(self, report: Report, metrics: Metrics | None, stop: StopRequest) -> bool:
@@ -206,7 +208,7 @@ class Trainer:
         before = progress.seconds
         started = time.perf_counter()
         self.base.model.train()
-        set_recompute(self.base.model, progress.recompute)
+        set_recompute(self.model, progress.recompute)
         while progress.step < plan.total_steps:
             learning_rate, tick = self.learning_rate, time.perf_counter()
             result = self.step()
@@ -230,7 +232,7 @@ class Trainer:
                     progress.metrics_bytes = log(step=progress.step, val_loss=val_loss)
             report("training", progress.step, plan.total_steps, **numbers)
             # Read once: a later signal is for the next step to see. A signal to one rank stops them all.
-            is_stopping = ranks.totals(stop.signal_number is not None, device=self.base.device)[0] > 0
+            is_stopping = ranks.totals(stop.signal_number is not None)[0] > 0
             if progress.step % config.save_every == 0 or is_last or is_stopping:
                 self.save()
             if is_stopping:

@@ -11,11 +11,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+from metier.model.fused import is_fused_architecture
 from metier.model.lora import target_names
 from metier.recipe import AdapterConfig
 
-# Architectures whose layers metier's kernels compute.
-FUSED: frozenset[str] = frozenset()
 # Bytes of one frozen weight: nf4 has an 8-bit scale for 64 and an fp32 one for 64 x 256; fp8 one scale a row.
 WEIGHT_BYTES = {"fp32": 4.0, "bf16": 2.0, "fp16": 2.0, "fp8": 1.0, "nf4": 0.516}
 LOSS_CHUNK = 1024
@@ -110,7 +109,7 @@ def shape_of(model: Any, adapter: AdapterConfig) -> Shape:
     # gelu_new is written in elementary operations, each of which keeps its input.
     is_spelled_out = getattr(config, "hidden_act", "") == "gelu_new"
     return Shape(
-        architecture=type(model).__name__, path=path_of(model), num_layers=config.num_hidden_layers,
+        architecture=type(model).__name__, path=path_of(model, adapter), num_layers=config.num_hidden_layers,
         hidden=hidden, query=heads * head_dim, key_value=kv_heads * head_dim, heads=heads,
         mlp=width, mlp_is_gated=mlp_in >= 2 * width, mlp_saved=5 if is_spelled_out else None,
         num_norms=len(on_hidden), has_rms_norms="RMS" in type(norms[0]).__name__,
@@ -128,9 +127,10 @@ def _is_out(name: str) -> bool:
     return name.endswith(("o_proj", "self_attn.dense", "out_proj"))
 
 
-def path_of(model: Any) -> str:
-    """`fused` for an architecture whose layers metier's kernels compute, else `generic`."""
-    return "fused" if type(model).__name__ in FUSED else "generic"
+def path_of(model: Any, adapter: AdapterConfig) -> str:
+    """`fused` where metier's own forward and backward compute the layers, else `generic`."""
+    is_plain = adapter.dropout == 0 and adapter.bias == "none"
+    return "fused" if is_plain and is_fused_architecture(model.config.get_text_config()) else "generic"
 
 
 def layer_bytes(shape: Shape, element: int, tokens: int, *, dropout: bool = False) -> float:
@@ -148,6 +148,8 @@ def layer_bytes(shape: Shape, element: int, tokens: int, *, dropout: bool = Fals
     per_token = elements * element + shape.num_norms * shape.hidden * norm_input + 4 * shape.heads
     if shape.has_qk_norm and saved.norm_input_fp32:
         per_token += 4 * (shape.query + shape.key_value)
+    elif shape.has_qk_norm:
+        per_token += (shape.query + 2 * shape.key_value) * element
     if dropout:
         per_token += shape.adapted_inputs / shape.num_layers * (element + 1)
     if saved.dense_mask:
@@ -155,23 +157,26 @@ def layer_bytes(shape: Shape, element: int, tokens: int, *, dropout: bool = Fals
     return tokens * per_token
 
 
-def activation_bytes(shape: Shape, element: int, tokens: int, *, recompute: bool, dropout: bool = False) -> float:
+def activation_bytes(shape: Shape, element: int, tokens: int, *, recompute: str, dropout: bool = False) -> float:
     """Bytes kept for backward: everything, or with recomputation the layers' inputs and one layer in full.
 
     The first layer's input needs no gradient, so its norm keeps nothing: the final norm stands for it.
     """
     one = layer_bytes(shape, element, tokens, dropout=dropout)
+    gate_up = 2 * shape.mlp * element * tokens
     # A and B, cast to the base's precision for the products.
     copies = shape.adapter_weights * element if shape.path == "generic" else 0
-    if not recompute:
+    if recompute == "none":
         return shape.num_layers * one + copies
+    if recompute == "mlp" and shape.path == "fused":
+        return shape.num_layers * (one - gate_up) + gate_up + copies
     return kept_inputs_bytes(shape, element, tokens) + one + copies / shape.num_layers
 
 
 def kept_inputs_bytes(shape: Shape, element: int, tokens: int) -> float:
     """Bytes that forward leaves with recomputation: each layer's input, the final norm's, and the shared mask."""
     saved = SAVED[shape.path]
-    final = 4 if saved.norm_input_fp32 and shape.has_rms_norms else element
+    final = (4 if shape.has_rms_norms else element) if saved.norm_input_fp32 else 0
     mask = tokens if saved.dense_mask else 0
     return tokens * (shape.num_layers * shape.hidden * element + shape.hidden * final + mask)
 

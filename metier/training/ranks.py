@@ -54,10 +54,11 @@ def share(items: Sequence[T], lengths: Sequence[int]) -> list[T]:
     return [items[index] for index in sorted(mine)]
 
 
-def totals(*numbers: float, device: torch.device) -> list[float]:
+def totals(*numbers: float) -> list[float]:
     """Each number summed over the ranks, in double precision; the same on every rank."""
     if size() == 1:
         return list(numbers)
+    device = "cuda" if distributed.get_backend() == "nccl" else "cpu"
     summed = torch.tensor(numbers, dtype=torch.float64, device=device)
     distributed.all_reduce(summed)
     return summed.tolist()

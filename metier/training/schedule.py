@@ -28,7 +28,7 @@ class Plan:
     peak_learning_rate: float
     micro_batch_tokens: int
     eval_every: int
-    recompute: bool = False
+    recompute: str = "none"
 
 
 def make_plan(config: TrainConfig, num_records: int, hidden_size: int, device: torch.device) -> Plan:
@@ -49,7 +49,7 @@ def make_plan(config: TrainConfig, num_records: int, hidden_size: int, device: t
         peak_learning_rate=peak_learning_rate(config, hidden_size),
         micro_batch_tokens=tokens_per_pass(device) if budget == "auto" else budget,
         eval_every=config.eval_every or max(1, math.ceil(total_steps / 10)),
-        recompute=config.recompute == "full",
+        recompute="none" if config.recompute == "auto" else config.recompute,
     )
 
 

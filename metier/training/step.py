@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 from metier.kernels.reference import cross_entropy_sum
+from metier.model.fused import FusedModel
 from metier.training import ranks
 from metier.training.pack import PackedBatch
 
@@ -30,7 +31,12 @@ class StepResult:
 
 
 def loss_sum(model: Any, batch: PackedBatch) -> torch.Tensor:
-    """Summed cross-entropy in nats (fp32 scalar) of one pass; only supervised positions reach the output head."""
+    """Summed cross-entropy in nats (fp32 scalar) of one pass; only supervised positions reach the output head.
+
+    `model` is a transformers model, or the `FusedModel` over one.
+    """
+    if isinstance(model, FusedModel):
+        return model.loss_sum(batch)
     logits = model(
         input_ids=batch.input_ids,
         position_ids=batch.position_ids,
@@ -57,15 +63,14 @@ def train_step(
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     total = torch.zeros((), device=parameters[0].device)
     num_loss_tokens, num_tokens = ranks.totals(
-        sum(batch.num_loss_tokens for batch in batches), sum(batch.num_tokens for batch in batches),
-        device=total.device,
+        sum(batch.num_loss_tokens for batch in batches), sum(batch.num_tokens for batch in batches)
     )  # fmt: skip
     for batch in batches:
         loss = loss_sum(model, batch)
         torch.autograd.backward(scaler.scale(loss / num_loss_tokens))
         total += loss.detach()
     ranks.sum_gradients(parameters)
-    (loss_of_all,) = ranks.totals(float(total), device=total.device)
+    (loss_of_all,) = ranks.totals(float(total))
     scaler.unscale_(optimizer)
     grad_norm = torch.nn.utils.clip_grad_norm_(parameters, max_grad_norm)
     is_finite = bool(torch.isfinite(grad_norm)) and math.isfinite(loss_of_all)
@@ -90,5 +95,5 @@ def mean_loss(model: Any, batches: Sequence[PackedBatch]) -> float:
     finally:
         model.train(was_training)
     num_loss_tokens = sum(batch.num_loss_tokens for batch in batches)
-    total, of_all = ranks.totals(mine, num_loss_tokens, device=next(model.parameters()).device)
+    total, of_all = ranks.totals(mine, num_loss_tokens)
     return total / of_all

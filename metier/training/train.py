@@ -22,6 +22,7 @@ from metier.errors import DataError, Interrupted, RunError
 from metier.model.chat import Message, Rendered, Renderer, eos_token_ids
 from metier.model.load import Base, empty_model
 from metier.model.lora import attach, save_adapter
+from metier.model.quantise import count_parameters
 from metier.recipe import AdapterConfig, TrainConfig
 from metier.training import ranks
 from metier.training.cards import GIB, card_here
@@ -75,7 +76,7 @@ def train(
     _tell_left_out(labels, say)
 
     adapter = attach(base.model, adapter_config, seed=seed_of("adapter", seed))
-    total = sum(p.numel() for p in base.model.parameters())
+    total = count_parameters(base.model)
     share = 100 * adapter.num_parameters / total
     say(f"trainable params: {adapter.num_parameters:,} || all params: {total:,} || trainable%: {share:.4f}")
     plan = make_plan(config, len(splits["train"]), base.config.hidden_size, base.device)
@@ -121,8 +122,8 @@ def _fitted(
     """
     shape = shape_of(empty_model(base.model.config, base.dtype), adapter)
     card, job = card_here(base.device), job_of(records, adapter, config)
-    precision = {4: "fp32", 2: "bf16"}[base.dtype.itemsize]
-    ways = choices(shape, job, card, config, [precision])
+    names = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16"}
+    ways = choices(shape, job, card, config, [names.get(base.precision, base.precision)])
     loaded = ways[0].memory["frozen base"] + (0 if card.is_cpu else CONTEXT_BYTES)
     chosen = best(ways, card.memory_bytes + loaded)
     if chosen is None:
@@ -130,7 +131,7 @@ def _fitted(
         say(f"memory may not suffice: {(chosen.total_bytes - loaded) / GIB:.1f} GiB are needed, "
             f"{card.memory_bytes / GIB:.1f} are free; the leanest way is tried")  # fmt: skip
     chosen = ranks.from_first(chosen)
-    say(f"passes of {chosen.micro_batch_tokens} tokens, {'with' if chosen.recompute else 'no'} recomputation; "
+    say(f"passes of {chosen.micro_batch_tokens} tokens, recomputation: {chosen.recompute}; "
         f"{(chosen.total_bytes - loaded) / GIB:.1f} GiB beside the base expected")  # fmt: skip
     return replace(plan, micro_batch_tokens=chosen.micro_batch_tokens, recompute=chosen.recompute)
 
@@ -154,7 +155,7 @@ def _facts(trainer: Trainer) -> dict[str, Any]:
     return {
         "seed": trainer.seed,
         "base": {"name": base.name, "revision": base.revision, "digest": base.digest, "path": str(base.path)},
-        "precision": str(base.dtype).removeprefix("torch."),
+        "precision": base.precision,
         "device": base.device.type,
         "trainable_parameters": trainer.adapter.num_parameters,
         "steps": progress.step,

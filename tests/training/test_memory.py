@@ -87,7 +87,7 @@ def test_out_of_memory_halves_the_pass_and_the_result_is_that_of_the_smaller_pas
     assert "step 1: out of memory; passes of 4096 tokens, and the step is done again from its start" in stderr
     manifest = manifest_of(tmp_path / "limited")
     assert manifest["step_backs"] == [{"step": 1, "remedy": "passes of 4096 tokens"}]
-    assert (manifest["micro_batch_tokens"], manifest["recompute"], manifest["steps"]) == (4096, False, 3)
+    assert (manifest["micro_batch_tokens"], manifest["recompute"], manifest["steps"]) == (4096, "none", 3)
     code, stderr = train(recipe, tmp_path / "smaller", "train.micro_batch_tokens=4096")
     assert code == 0, stderr
     assert manifest_of(tmp_path / "smaller")["step_backs"] == []
@@ -100,12 +100,12 @@ def test_too_little_memory_recomputes_and_then_stops_with_a_sentence(recipe: Pat
     assert "Traceback" not in stderr
     assert "passes of 4096 tokens" in stderr
     assert "activations are recomputed" in stderr
-    assert "error: out of memory in step 1, with passes of 4096 tokens and recomputation" in stderr
+    assert "error: out of memory in step 1, with passes of 4096 tokens and recomputation: full" in stderr
     assert "metier plan" in stderr
     assert not (tmp_path / "adapter").exists()
 
 
-def gradients(kind: Kind, dtype: torch.dtype, *, recompute: bool) -> dict[str, torch.Tensor]:
+def gradients(kind: Kind, dtype: torch.dtype, *, recompute: str) -> dict[str, torch.Tensor]:
     model = tiny_model(kind)[0].to(dtype)
     adapter = attach(model, AdapterConfig(rank=4, dropout=0.2), seed=0)
     with torch.no_grad():
@@ -121,7 +121,7 @@ def gradients(kind: Kind, dtype: torch.dtype, *, recompute: bool) -> dict[str, t
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("kind", KINDS)
 def test_recomputed_gradients_are_equal_bit_for_bit_with_dropout(kind: Kind, dtype: torch.dtype) -> None:
-    kept, again = gradients(kind, dtype, recompute=False), gradients(kind, dtype, recompute=True)
+    kept, again = gradients(kind, dtype, recompute="none"), gradients(kind, dtype, recompute="full")
     assert kept.keys() == again.keys()
     assert len(kept) > 10
     for name, gradient in kept.items():
@@ -134,7 +134,7 @@ def test_recomputing_keeps_fewer_tensors() -> None:
     model.train()
     batch = collate(random_records(5, model.config.vocab_size))
     sizes = []
-    for recompute in (False, True):
+    for recompute in ("none", "full"):
         set_recompute(model, recompute)
         kept: list[int] = []
 
