@@ -8,10 +8,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import get_args
+from typing import cast, get_args
 
 from metier.errors import RecipeError, RunError
 from metier.model.chat import Rendered
+from metier.model.load import Precision
 from metier.recipe import AdapterConfig, TrainConfig
 from metier.training.cards import GIB, Card
 from metier.training.memory import Shape
@@ -77,7 +78,7 @@ def fit(shape: Shape, job: Job, card: Card, config: TrainConfig) -> Fit:
     return Fit(chosen, ways)
 
 
-def precision_that_fits(shape: Shape, card: Card, config: TrainConfig) -> str:
+def precision_that_fits(shape: Shape, card: Card, config: TrainConfig) -> Precision:
     """What `train.precision` means on `card`: the most exact that leaves room for training on one short record.
 
     Raises `RunError` where none does: before any weight is loaded.
@@ -85,7 +86,7 @@ def precision_that_fits(shape: Shape, card: Card, config: TrainConfig) -> str:
     least = fit(shape, Job(64, 64, 0.5, 1, dropout=False), card, config)
     if least.chosen is None:
         raise cannot_fit(least.leanest, card, config)
-    return least.chosen.precision
+    return cast(Precision, least.chosen.precision)
 
 
 def cannot_fit(leanest: Choice, card: Card, config: TrainConfig) -> RunError:

@@ -10,7 +10,9 @@ dropout two ranks differ from one as two seeds do.
 
 from __future__ import annotations
 
+import datetime
 import os
+import signal
 from collections.abc import Iterable, Sequence
 from typing import Any, TypeVar
 
@@ -20,11 +22,22 @@ from torch import distributed
 T = TypeVar("T")
 
 
-def start(device: torch.device) -> None:
-    """Joins the process group that `torchrun` describes in the environment, if it started this process."""
-    if int(os.environ.get("WORLD_SIZE", "1")) == 1 or distributed.is_initialized():
+def start(device: str) -> None:
+    """Joins the process group that `torchrun` describes in the environment; `device` is the recipe's.
+
+    Waits for the other ranks as long as it takes: rank 0 may be preparing the data. A process that torchrun ends
+    meanwhile dies at once.
+    """
+    if distributed.is_initialized():
         return
-    distributed.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    is_cuda = device != "cpu" and torch.cuda.is_available()
+    if is_cuda:
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    before = signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    try:
+        distributed.init_process_group("nccl" if is_cuda else "gloo", timeout=datetime.timedelta(days=7))
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def stop() -> None:
