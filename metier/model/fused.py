@@ -78,11 +78,17 @@ class Site:
                 found.append((self.up[start : self.ends[j]], pair[1], self.scaling))
         return found
 
-    def gradient_rows(self, dy: torch.Tensor) -> Rows:
+    @property
+    def factor(self) -> torch.Tensor | None:
+        """What dy is multiplied by before it is quantised for dX."""
+        return self.weight.column_scale if self.weight.eats_fp8 else None
+
+    def gradient_rows(self, dy: torch.Tensor, largest: torch.Tensor | None = None) -> Rows:
         """dy [M, O] as the product for dX reads it, with its projection on the rank."""
-        factor = self.weight.column_scale if self.weight.eats_fp8 else None
-        segments = self.ends if self.up is not None else ()
-        return ops.project_rows(dy, factor=factor, down=self.up, segments=segments, quantise=self.weight.eats_fp8)
+        return ops.project_rows(
+            dy, factor=self.factor, down=self.up, segments=self.ends if self.up is not None else (),
+            quantise=self.weight.eats_fp8, largest=largest,
+        )  # fmt: skip
 
     def up_gradients(self, dy: torch.Tensor, low: torch.Tensor | None) -> list[torch.Tensor | None]:
         """The gradient of each layer's B [O, R] from dy [M, O] and low = x A^T [M, n R], fp32."""
@@ -169,9 +175,9 @@ class _Queries(torch.autograd.Function):
     def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         x, rstd, low, qkv = ctx.saved_tensors
         layer, site = ctx.layer, ctx.layer.qkv
-        dy = ops.rotate_backward(grads[:3], qkv, low, site.up, layer.heads, ctx.rotation)
+        dy, largest = ops.rotate_backward(grads[:3], qkv, low, site.up, layer.heads, ctx.rotation, site.factor)
         ups = site.up_gradients(dy, low)
-        rows = site.gradient_rows(dy)
+        rows = site.gradient_rows(dy, largest)
         downs = _norm_gradients(site, rows.low, x, rstd, layer.input_norm)
         dx = None
         if ctx.needs_input_grad[0]:
@@ -229,7 +235,7 @@ class _Mlp(torch.autograd.Function):
         next_rows = next_site.gradient_rows(dy)
         result = ops.swiglu_backward(
             next_site.weight.matmul_t(next_rows), both, low, site.up, low_dh=next_rows.low, down=next_site.down,
-            factor=site.weight.column_scale if site.weight.eats_fp8 else None, quantise=site.weight.eats_fp8,
+            factor=site.factor, quantise=site.weight.eats_fp8,
         )  # fmt: skip
         next_downs = next_site.down_gradients(next_rows.low, result.h)
         ups = site.up_gradients(result.grad, low)
