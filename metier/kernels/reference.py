@@ -289,10 +289,15 @@ def swiglu_backward(
 
 
 def cross_entropy_rows(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-    """Negative log-likelihood of each row, fp32 [N]; logits [N, V] are overwritten by their gradient, p - onehot."""
+    """Negative log-likelihood of each row, fp32 [N]; logits [N, V] are overwritten by their gradient, p - onehot.
+
+    A row whose target is negative has neither loss nor gradient.
+    """
+    counts = targets >= 0
+    targets = targets.clamp(min=0)
     work = logits if logits.dtype == torch.float64 else logits.float()
     log_p = work.log_softmax(-1)
     losses = -log_p.gather(1, targets[:, None])[:, 0]
     grad = log_p.exp_().scatter_add_(1, targets[:, None], torch.full_like(losses[:, None], -1.0))
-    logits.copy_(grad)
-    return losses
+    logits.copy_(grad * counts[:, None])
+    return losses * counts

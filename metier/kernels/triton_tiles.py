@@ -246,12 +246,13 @@ def _cross_entropy(logits, targets, losses, num_cols, BN: tl.constexpr):
     top = tl.max(peak, 0)
     log_sum = top + tl.log(tl.sum(total * tl.exp(peak - top), 0))
     target = tl.load(targets + row)
-    tl.store(losses + row, log_sum - tl.load(at + target).to(tl.float32))
+    counts = (target >= 0).to(tl.float32)
+    tl.store(losses + row, counts * (log_sum - tl.load(at + tl.maximum(target, 0)).to(tl.float32)))
     tl.debug_barrier()
     for start in range(0, num_cols, BN):
         cols = start + tl.arange(0, BN)
         z = tl.load(at + cols, cols < num_cols, other=-float("inf")).to(tl.float32)
-        p = tl.exp(z - log_sum) - tl.where(cols == target, 1.0, 0.0)
+        p = counts * (tl.exp(z - log_sum) - tl.where(cols == target, 1.0, 0.0))
         tl.store(at + cols, p.to(logits.dtype.element_ty), cols < num_cols)
 
 

@@ -23,6 +23,7 @@ from metier.kernels.attention import Documents, attend, takes_flash
 from metier.kernels.frozen import DenseWeight, Fp8Weight, FrozenWeight, stack
 from metier.kernels.loss import Head, head_loss
 from metier.kernels.reference import Heads, Rotation, Rows
+from metier.model.graphs import MAX_WORK, GraphedPasses
 from metier.model.lora import Adapter, LoRALinear
 from metier.model.quantise import FrozenLinear
 
@@ -260,6 +261,14 @@ class FusedModel:
         self.is_flash = takes_flash(self.head.dtype, self.head.device, heads.size)
         sites = [site for layer in layers for site in layer.sites]
         self.images = [image for site in sites for image in site.images(self.head.dtype, self.head.device)]
+        self.layer_size = sum(site.weight.shape[0] * site.weight.shape[1] for site in layers[0].sites)
+        # The rotary module of these kinds asks the host how long the row is.
+        is_static = getattr(self.decoder.rotary_emb, "rope_type", "default") not in ("dynamic", "longrope")
+        self.graphs = (
+            GraphedPasses(self, [p for site in sites for p in site.parameters])
+            if (self.is_flash and is_static)
+            else None
+        )
 
     @torch.no_grad()
     def refresh(self) -> None:
@@ -279,18 +288,35 @@ class FusedModel:
 
     def loss_sum(self, batch: Batch) -> torch.Tensor:
         """Summed cross-entropy in nats (fp32 scalar) of one pass."""
+        documents = Documents.of(batch.lengths, batch.input_ids.device, is_flash=self.is_flash)
+        return self.loss_of(batch.input_ids, batch.position_ids, documents, batch.loss_positions, batch.loss_targets)
+
+    def accumulate(self, batch: Batch, weight: torch.Tensor) -> torch.Tensor:
+        """`loss_sum`, detached, after adding its gradient times `weight` (a scalar tensor) to the adapter's `.grad`."""
+        if self.graphs is not None and batch.input_ids.shape[1] * self.layer_size <= MAX_WORK:
+            loss = self.graphs.accumulate(batch, weight)
+            if loss is not None:
+                return loss
+        loss = self.loss_sum(batch)
+        torch.autograd.backward(loss * weight)
+        return loss.detach()
+
+    def loss_of(
+        self, input_ids: torch.Tensor, position_ids: torch.Tensor, documents: Documents,
+        positions: torch.Tensor, targets: torch.Tensor,
+    ) -> torch.Tensor:  # fmt: skip
+        """`loss_sum` of a pass whose documents are laid out already."""
         norm = self.decoder.norm
         head = Head(norm.weight, norm.variance_epsilon, self.head)
-        return head_loss(self.hidden(batch), batch.loss_positions, batch.loss_targets, head)
+        return head_loss(self._hidden(input_ids, position_ids, documents), positions, targets, head)
 
-    def hidden(self, batch: Batch) -> torch.Tensor:
+    def _hidden(self, input_ids: torch.Tensor, position_ids: torch.Tensor, documents: Documents) -> torch.Tensor:
         """The last layer's output before the final norm, [M, I]."""
         self.refresh()
-        x = self.model.get_input_embeddings()(batch.input_ids)[0]
-        documents = Documents.of(batch.lengths, x.device, is_flash=self.is_flash)
+        x = self.model.get_input_embeddings()(input_ids)[0]
         # The module reads the dtype and the device of its first argument alone.
         wide = torch.empty(1, dtype=torch.promote_types(x.dtype, torch.float32), device=x.device)
-        cos, sin = self.decoder.rotary_emb(wide, batch.position_ids)
+        cos, sin = self.decoder.rotary_emb(wide, position_ids)
         half = cos.shape[-1] // 2
         rotation = Rotation(cos[0, :, :half].contiguous(), sin[0, :, :half].contiguous())
         for layer in self.layers:

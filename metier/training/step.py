@@ -58,10 +58,9 @@ def train_step(
     """
     num_loss_tokens = sum(batch.num_loss_tokens for batch in batches)
     total = torch.zeros((), device=batches[0].input_ids.device)
+    weight = scaler.scale(torch.full_like(total, 1 / num_loss_tokens))
     for batch in batches:
-        loss = loss_sum(model, batch)
-        torch.autograd.backward(scaler.scale(loss / num_loss_tokens))
-        total += loss.detach()
+        total += accumulate(model, batch, weight)
     scaler.unscale_(optimizer)
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     grad_norm = torch.nn.utils.clip_grad_norm_(parameters, max_grad_norm)
@@ -74,6 +73,15 @@ def train_step(
     optimizer.zero_grad(set_to_none=True)
     num_tokens = sum(batch.num_tokens for batch in batches)
     return StepResult(float(total) / num_loss_tokens, float(grad_norm), num_tokens, num_loss_tokens, not is_finite)
+
+
+def accumulate(model: Any, batch: PackedBatch, weight: torch.Tensor) -> torch.Tensor:
+    """The pass's `loss_sum`, detached, after adding its gradient times `weight` to the adapter's."""
+    if isinstance(model, FusedModel):
+        return model.accumulate(batch, weight)
+    loss = loss_sum(model, batch)
+    torch.autograd.backward(loss * weight)
+    return loss.detach()
 
 
 @torch.no_grad()
