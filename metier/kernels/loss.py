@@ -44,9 +44,7 @@ class _HeadLoss(torch.autograd.Function):
                 torch.mm(logits, head.weight, out=grad[piece])
             del logits
         if grad is not None:
-            grad = ops.norm_backward(
-                grad, x, rstd=rows.rstd, weight=head.norm, low=None, down=None, residual=None
-            )
+            grad = ops.norm_backward(grad, x, rstd=rows.rstd, weight=head.norm, low=None, down=None, residual=None)
         ctx.save_for_backward(grad, positions)
         ctx.num_rows = hidden.shape[0]
         return total
@@ -55,7 +53,8 @@ class _HeadLoss(torch.autograd.Function):
     def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         grad, positions = ctx.saved_tensors
         whole = torch.zeros(ctx.num_rows, grad.shape[1], device=grad.device, dtype=grad.dtype)
-        whole.index_copy_(0, positions, grad * grads[0].to(grad.dtype))
+        # Positions that carry no loss may name the same row; they add zeros.
+        whole.index_add_(0, positions, grad * grads[0].to(grad.dtype))
         return whole, None, None, None, None
 
 
@@ -64,6 +63,6 @@ def head_loss(
 ) -> torch.Tensor:
     """Summed negative log-likelihood, an fp32 scalar.
 
-    hidden [M, I] before the final norm; positions [N] int64, each at most once; targets [N] int64.
+    hidden [M, I] before the final norm; positions [N] int64; targets [N] int64, -100 where there is no loss.
     """
     return _HeadLoss.apply(hidden, positions, targets, head, chunk)  # type: ignore[no-any-return, no-untyped-call]

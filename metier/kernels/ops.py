@@ -13,9 +13,9 @@ from metier.kernels import reference
 def _on(x: torch.Tensor, name: str) -> Callable[..., Any]:
     if not x.is_cuda or x.dtype == torch.float64:
         return getattr(reference, name)  # type: ignore[no-any-return]
-    from metier.kernels import triton_rows, triton_tiles
+    from metier.kernels import triton_rows, triton_swiglu, triton_tiles
 
-    for module in (triton_rows, triton_tiles):
+    for module in (triton_swiglu, triton_tiles, triton_rows):
         if name in module.__dict__:
             return module.__dict__[name]  # type: ignore[no-any-return]
     return getattr(reference, name)  # type: ignore[no-any-return]
@@ -37,7 +37,9 @@ def rotate(qkv: torch.Tensor, *rest: Any) -> tuple[torch.Tensor, torch.Tensor, t
     return _on(qkv, "rotate")(qkv, *rest)  # type: ignore[no-any-return]
 
 
-def rotate_backward(grads: tuple[torch.Tensor, torch.Tensor, torch.Tensor], *rest: Any) -> torch.Tensor:
+def rotate_backward(
+    grads: tuple[torch.Tensor, torch.Tensor, torch.Tensor], *rest: Any
+) -> tuple[torch.Tensor, torch.Tensor | None]:
     return _on(grads[0], "rotate_backward")(grads, *rest)  # type: ignore[no-any-return]
 
 

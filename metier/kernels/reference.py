@@ -30,11 +30,17 @@ def lora_linear(
     x [..., I] and weight [O, I] share one dtype, which is also y's; lora_a [R, I] and lora_b [O, R] are
     the fp32 masters: B is scaled in fp32 and both are cast to x's dtype for the products.
     """
-    y = F.linear(x, weight, bias)
+    return F.linear(x, weight, bias) + low_rank(x, lora_a, lora_b, scaling=scaling, dropout=dropout)
+
+
+def low_rank(
+    x: torch.Tensor, lora_a: torch.Tensor, lora_b: torch.Tensor, *, scaling: float, dropout: float = 0.0
+) -> torch.Tensor:
+    """scaling * dropout(x) A^T B^T in x's dtype: `lora_linear` without its frozen part."""
     if dropout:
         x = F.dropout(x, dropout)
     h = F.linear(x, lora_a.to(x.dtype))
-    return y + F.linear(h, (lora_b * scaling).to(x.dtype))
+    return F.linear(h, (lora_b * scaling).to(x.dtype))
 
 
 def cross_entropy_sum(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
@@ -73,12 +79,13 @@ def project_rows(
     segments: tuple[int, ...] = (),
     eps: float | None = None,
     quantise: bool = False,
+    largest: torch.Tensor | None = None,
 ) -> Rows:
     """z = x * factor, after RMS normalisation when `eps` is given; its e4m3 form; and its projection.
 
     x [M, I]; factor [I]; down [I, R]. `segments` are the ends of the column ranges that are projected apart:
     low[:, j R : (j+1) R] = x[:, segment j] down[segment j]. With `eps`, low is of z; without it, of x. Rows.dense is z, or
-    None when z is quantised.
+    None when z is quantised. `largest` [M] fp32, the rows' largest magnitudes of z, spares a kernel a reading.
     """
     work = x if x.dtype == torch.float64 else x.float()
     rstd = None
@@ -196,8 +203,12 @@ def rotate_backward(
     up: torch.Tensor | None,
     heads: Heads,
     rotation: Rotation,
-) -> torch.Tensor:
-    """The gradient of the sum that `rotate` starts from, [M, O]; qkv is read where q and k are normalised alone."""
+    factor: torch.Tensor | None = None,
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """The gradient of the sum that `rotate` starts from, [M, O]; qkv is read where q and k are normalised alone.
+
+    With `factor` [O], also the rows' largest magnitudes of gradient * factor, [M].
+    """
     dtype = grads[0].dtype
     work = torch.float64 if dtype == torch.float64 else torch.float32
     turned = [_turn(g.to(work), rotation.cos, -rotation.sin) for g in grads[:2]]
@@ -208,7 +219,8 @@ def rotate_backward(
             rstd = torch.rsqrt(raw[j].square().mean(-1, keepdim=True) + rotation.eps)
             unit, grad = raw[j] * rstd, turned[j] * norm
             turned[j] = rstd * (grad - unit * (grad * unit).mean(-1, keepdim=True))
-    return torch.cat([g.flatten(1).to(dtype) for g in (*turned, grads[2])], 1)
+    whole = torch.cat([g.flatten(1).to(dtype) for g in (*turned, grads[2])], 1)
+    return whole, None if factor is None else (whole * factor).abs().amax(1)
 
 
 def swiglu(
@@ -277,10 +289,15 @@ def swiglu_backward(
 
 
 def cross_entropy_rows(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-    """Negative log-likelihood of each row, fp32 [N]; logits [N, V] are overwritten by their gradient, p - onehot."""
+    """Negative log-likelihood of each row, fp32 [N]; logits [N, V] are overwritten by their gradient, p - onehot.
+
+    A row whose target is negative has neither loss nor gradient.
+    """
+    counts = targets >= 0
+    targets = targets.clamp(min=0)
     work = logits if logits.dtype == torch.float64 else logits.float()
     log_p = work.log_softmax(-1)
     losses = -log_p.gather(1, targets[:, None])[:, 0]
     grad = log_p.exp_().scatter_add_(1, targets[:, None], torch.full_like(losses[:, None], -1.0))
-    logits.copy_(grad)
-    return losses
+    logits.copy_(grad * counts[:, None])
+    return losses * counts

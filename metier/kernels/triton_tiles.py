@@ -106,7 +106,7 @@ def _rotate(qkv, low, up, bias, cos, sin, q_norm, k_norm, out, num_rows, num_col
 
 @triton.jit
 def _rotate_backward(dq, dk, dv, qkv, low, up, bias, cos, sin, q_norm, k_norm, out,
-                     num_rows, num_cols, rank, num_low, num_q, num_kv, eps,
+                     factor, largest, num_rows, num_cols, rank, num_low, num_q, num_kv, eps, FIND_LARGEST: tl.constexpr,
                      HALF: tl.constexpr, HAS_LOW: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_NORM: tl.constexpr,
                      PRECISION: tl.constexpr, BR: tl.constexpr, BM: tl.constexpr, BH: tl.constexpr):  # fmt: skip
     head = tl.program_id(0)
@@ -151,8 +151,13 @@ def _rotate_backward(dq, dk, dv, qkv, low, up, bias, cos, sin, q_norm, k_norm, o
             first = rstd * (first - raw1 * mean)
             second = rstd * (second - raw2 * mean)
     target = out + rows[:, None] * num_cols + cols[None, :]
-    tl.store(target, first.to(out.dtype.element_ty), mask)
-    tl.store(target + HALF, second.to(out.dtype.element_ty), mask)
+    dtype: tl.constexpr = out.dtype.element_ty
+    tl.store(target, first.to(dtype), mask)
+    tl.store(target + HALF, second.to(dtype), mask)
+    if FIND_LARGEST:
+        first = tl.abs(first.to(dtype).to(tl.float32) * tl.load(factor + cols, col_mask, other=0.0)[None, :])
+        second = tl.abs(second.to(dtype).to(tl.float32) * tl.load(factor + cols + HALF, col_mask, other=0.0)[None, :])
+        tl.atomic_max(largest + rows, tl.max(tl.maximum(first, second), 1), row_mask)
 
 
 def rotate(
@@ -161,7 +166,7 @@ def rotate(
     # In place, unless the backward pass wants the product as it was.
     out = qkv if rotation.q_norm is None else torch.empty_like(qkv)
     qkv, low, up = _narrow(qkv, low, up, heads)
-    _launch(_rotate, (), (qkv, low, up), out, heads, rotation)
+    _launch(_rotate, (), (qkv, low, up), (out,), heads, rotation)
     q, k, v = out.tensor_split(list(heads.ends[:2]), dim=1)
     return tuple(part.view(part.shape[0], -1, heads.size) for part in (q, k, v))  # type: ignore[return-value]
 
@@ -173,7 +178,8 @@ def rotate_backward(
     up: torch.Tensor | None,
     heads: Heads,
     rotation: Rotation,
-) -> torch.Tensor:
+    factor: torch.Tensor | None = None,
+) -> tuple[torch.Tensor, torch.Tensor | None]:
     dq, dk, dv = (g.contiguous() for g in grads)
     out = torch.empty(dq.shape[0], heads.ends[2], device=dq.device, dtype=dq.dtype)
     if rotation.q_norm is None or qkv is None:
@@ -181,8 +187,9 @@ def rotate_backward(
         rotation = rotation._replace(bias=None)
     else:
         qkv, low, up = _narrow(qkv, low, up, heads)
-    _launch(_rotate_backward, (dq, dk, dv), (qkv, low, up), out, heads, rotation)
-    return out
+    largest = torch.zeros(out.shape[0], device=out.device) if factor is not None else None
+    _launch(_rotate_backward, (dq, dk, dv), (qkv, low, up), (out, factor, largest), heads, rotation)
+    return out, largest
 
 
 def _narrow(
@@ -201,11 +208,14 @@ def _launch(
     kernel: object,
     grads: tuple[torch.Tensor, ...],
     product: tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None],
-    out: torch.Tensor,
+    outs: tuple[torch.Tensor | None, ...],
     heads: Heads,
     rotation: Rotation,
 ) -> None:
     qkv, low, up = product
+    out, *extra = outs
+    assert out is not None
+    options = {"FIND_LARGEST": extra[1] is not None} if extra else {}
     rank = up.shape[1] if up is not None else 0
     half = heads.size // 2
     grid = (heads.num_q + 2 * heads.num_kv, triton.cdiv(out.shape[0], 64))
@@ -213,10 +223,10 @@ def _launch(
         *grads, qkv, out if low is None else low, out if up is None else up,
         out if rotation.bias is None else rotation.bias, rotation.cos, rotation.sin,
         out if rotation.q_norm is None else rotation.q_norm, out if rotation.k_norm is None else rotation.k_norm, out,
-        out.shape[0], out.shape[1], rank, 3 * rank, heads.num_q, heads.num_kv, rotation.eps,
+        *(out if e is None else e for e in extra), out.shape[0], out.shape[1], rank, 3 * rank, heads.num_q, heads.num_kv, rotation.eps,
         HALF=half, HAS_LOW=low is not None, HAS_BIAS=rotation.bias is not None, HAS_NORM=rotation.q_norm is not None,
         PRECISION=_precision(out), BR=max(16, triton.next_power_of_2(rank)), BM=64,
-        BH=max(16, triton.next_power_of_2(half)), num_warps=4,
+        BH=max(16, triton.next_power_of_2(half)), num_warps=4, **options,
     )  # fmt: skip
 
 
@@ -236,12 +246,13 @@ def _cross_entropy(logits, targets, losses, num_cols, BN: tl.constexpr):
     top = tl.max(peak, 0)
     log_sum = top + tl.log(tl.sum(total * tl.exp(peak - top), 0))
     target = tl.load(targets + row)
-    tl.store(losses + row, log_sum - tl.load(at + target).to(tl.float32))
+    counts = (target >= 0).to(tl.float32)
+    tl.store(losses + row, counts * (log_sum - tl.load(at + tl.maximum(target, 0)).to(tl.float32)))
     tl.debug_barrier()
     for start in range(0, num_cols, BN):
         cols = start + tl.arange(0, BN)
         z = tl.load(at + cols, cols < num_cols, other=-float("inf")).to(tl.float32)
-        p = tl.exp(z - log_sum) - tl.where(cols == target, 1.0, 0.0)
+        p = counts * (tl.exp(z - log_sum) - tl.where(cols == target, 1.0, 0.0))
         tl.store(at + cols, p.to(logits.dtype.element_ty), cols < num_cols)
 
 

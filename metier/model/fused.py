@@ -23,6 +23,7 @@ from metier.kernels.attention import Documents, attend, takes_flash
 from metier.kernels.frozen import DenseWeight, Fp8Weight, FrozenWeight, stack
 from metier.kernels.loss import Head, head_loss
 from metier.kernels.reference import Heads, Rotation, Rows
+from metier.model.graphs import MAX_WORK, GraphedPasses
 from metier.model.lora import Adapter, LoRALinear
 from metier.model.quantise import FrozenLinear
 
@@ -78,11 +79,17 @@ class Site:
                 found.append((self.up[start : self.ends[j]], pair[1], self.scaling))
         return found
 
-    def gradient_rows(self, dy: torch.Tensor) -> Rows:
+    @property
+    def factor(self) -> torch.Tensor | None:
+        """What dy is multiplied by before it is quantised for dX."""
+        return self.weight.column_scale if self.weight.eats_fp8 else None
+
+    def gradient_rows(self, dy: torch.Tensor, largest: torch.Tensor | None = None) -> Rows:
         """dy [M, O] as the product for dX reads it, with its projection on the rank."""
-        factor = self.weight.column_scale if self.weight.eats_fp8 else None
-        segments = self.ends if self.up is not None else ()
-        return ops.project_rows(dy, factor=factor, down=self.up, segments=segments, quantise=self.weight.eats_fp8)
+        return ops.project_rows(
+            dy, factor=self.factor, down=self.up, segments=self.ends if self.up is not None else (),
+            quantise=self.weight.eats_fp8, largest=largest,
+        )  # fmt: skip
 
     def up_gradients(self, dy: torch.Tensor, low: torch.Tensor | None) -> list[torch.Tensor | None]:
         """The gradient of each layer's B [O, R] from dy [M, O] and low = x A^T [M, n R], fp32."""
@@ -169,9 +176,9 @@ class _Queries(torch.autograd.Function):
     def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         x, rstd, low, qkv = ctx.saved_tensors
         layer, site = ctx.layer, ctx.layer.qkv
-        dy = ops.rotate_backward(grads[:3], qkv, low, site.up, layer.heads, ctx.rotation)
+        dy, largest = ops.rotate_backward(grads[:3], qkv, low, site.up, layer.heads, ctx.rotation, site.factor)
         ups = site.up_gradients(dy, low)
-        rows = site.gradient_rows(dy)
+        rows = site.gradient_rows(dy, largest)
         downs = _norm_gradients(site, rows.low, x, rstd, layer.input_norm)
         dx = None
         if ctx.needs_input_grad[0]:
@@ -229,7 +236,7 @@ class _Mlp(torch.autograd.Function):
         next_rows = next_site.gradient_rows(dy)
         result = ops.swiglu_backward(
             next_site.weight.matmul_t(next_rows), both, low, site.up, low_dh=next_rows.low, down=next_site.down,
-            factor=site.weight.column_scale if site.weight.eats_fp8 else None, quantise=site.weight.eats_fp8,
+            factor=site.factor, quantise=site.weight.eats_fp8,
         )  # fmt: skip
         next_downs = next_site.down_gradients(next_rows.low, result.h)
         ups = site.up_gradients(result.grad, low)
@@ -254,6 +261,14 @@ class FusedModel:
         self.is_flash = takes_flash(self.head.dtype, self.head.device, heads.size)
         sites = [site for layer in layers for site in layer.sites]
         self.images = [image for site in sites for image in site.images(self.head.dtype, self.head.device)]
+        self.layer_size = sum(site.weight.shape[0] * site.weight.shape[1] for site in layers[0].sites)
+        # The rotary module of these kinds asks the host how long the row is.
+        is_static = getattr(self.decoder.rotary_emb, "rope_type", "default") not in ("dynamic", "longrope")
+        self.graphs = (
+            GraphedPasses(self, [p for site in sites for p in site.parameters])
+            if (self.is_flash and is_static)
+            else None
+        )
 
     @torch.no_grad()
     def refresh(self) -> None:
@@ -273,18 +288,35 @@ class FusedModel:
 
     def loss_sum(self, batch: Batch) -> torch.Tensor:
         """Summed cross-entropy in nats (fp32 scalar) of one pass."""
+        documents = Documents.of(batch.lengths, batch.input_ids.device, is_flash=self.is_flash)
+        return self.loss_of(batch.input_ids, batch.position_ids, documents, batch.loss_positions, batch.loss_targets)
+
+    def accumulate(self, batch: Batch, weight: torch.Tensor) -> torch.Tensor:
+        """`loss_sum`, detached, after adding its gradient times `weight` (a scalar tensor) to the adapter's `.grad`."""
+        if self.graphs is not None and batch.input_ids.shape[1] * self.layer_size <= MAX_WORK:
+            loss = self.graphs.accumulate(batch, weight)
+            if loss is not None:
+                return loss
+        loss = self.loss_sum(batch)
+        torch.autograd.backward(loss * weight)
+        return loss.detach()
+
+    def loss_of(
+        self, input_ids: torch.Tensor, position_ids: torch.Tensor, documents: Documents,
+        positions: torch.Tensor, targets: torch.Tensor,
+    ) -> torch.Tensor:  # fmt: skip
+        """`loss_sum` of a pass whose documents are laid out already."""
         norm = self.decoder.norm
         head = Head(norm.weight, norm.variance_epsilon, self.head)
-        return head_loss(self.hidden(batch), batch.loss_positions, batch.loss_targets, head)
+        return head_loss(self._hidden(input_ids, position_ids, documents), positions, targets, head)
 
-    def hidden(self, batch: Batch) -> torch.Tensor:
+    def _hidden(self, input_ids: torch.Tensor, position_ids: torch.Tensor, documents: Documents) -> torch.Tensor:
         """The last layer's output before the final norm, [M, I]."""
         self.refresh()
-        x = self.model.get_input_embeddings()(batch.input_ids)[0]
-        documents = Documents.of(batch.lengths, x.device, is_flash=self.is_flash)
+        x = self.model.get_input_embeddings()(input_ids)[0]
         # The module reads the dtype and the device of its first argument alone.
         wide = torch.empty(1, dtype=torch.promote_types(x.dtype, torch.float32), device=x.device)
-        cos, sin = self.decoder.rotary_emb(wide, batch.position_ids)
+        cos, sin = self.decoder.rotary_emb(wide, position_ids)
         half = cos.shape[-1] // 2
         rotation = Rotation(cos[0, :, :half].contiguous(), sin[0, :, :half].contiguous())
         for layer in self.layers:

@@ -46,6 +46,10 @@ class FrozenLinear(nn.Linear):
         self.dtype = dtype
         self.bias = bias  # type: ignore[assignment]
 
+    @property
+    def device(self) -> torch.device:
+        return self.frozen.tensors()[0].device
+
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         y = _Product.apply(x.reshape(-1, self.in_features), self.frozen)  # type: ignore[no-untyped-call]
         y = y.to(x.dtype).view(*x.shape[:-1], -1)

@@ -64,11 +64,10 @@ def train_step(
     total = torch.zeros((), device=parameters[0].device)
     num_loss_tokens, num_tokens = ranks.totals(
         sum(batch.num_loss_tokens for batch in batches), sum(batch.num_tokens for batch in batches)
-    )  # fmt: skip
+    )
+    weight = scaler.scale(torch.full_like(total, 1 / num_loss_tokens))
     for batch in batches:
-        loss = loss_sum(model, batch)
-        torch.autograd.backward(scaler.scale(loss / num_loss_tokens))
-        total += loss.detach()
+        total += accumulate(model, batch, weight)
     ranks.sum_gradients(parameters)
     (loss_of_all,) = ranks.totals(float(total))
     scaler.unscale_(optimizer)
@@ -83,6 +82,15 @@ def train_step(
     return StepResult(
         loss_of_all / num_loss_tokens, float(grad_norm), int(num_tokens), int(num_loss_tokens), not is_finite
     )
+
+
+def accumulate(model: Any, batch: PackedBatch, weight: torch.Tensor) -> torch.Tensor:
+    """The pass's `loss_sum`, detached, after adding its gradient times `weight` to the adapter's."""
+    if isinstance(model, FusedModel):
+        return model.accumulate(batch, weight)
+    loss = loss_sum(model, batch)
+    torch.autograd.backward(loss * weight)
+    return loss.detach()
 
 
 @torch.no_grad()
