@@ -2,11 +2,10 @@
 
     python benchmarks/bench_plan.py
 
-LLaMA-2-7B and a 70B shape, in bf16, fp8 and nf4, fused and generic path, with and without recomputation. Each case has
-a process
-of its own: the model is made on the card layer by layer, and five steps of packed records of 512 tokens are trained. Cases
-marked
-16 GiB run under a limit on the process's memory. Writes benchmarks/results/plan_<machine>_<yyyymm>.md.
+LLaMA-2-7B and a 70B shape, in bf16, fp8 and nf4, fused and generic path, with and without recomputation. Each case
+has a process of its own: the model is made on the card layer by layer, and five steps of packed records of 512 tokens
+are trained. Cases marked 16 GiB run under a limit on the process's memory. Writes
+benchmarks/results/plan_<machine>_<yyyymm>.md.
 """
 
 from __future__ import annotations

@@ -93,7 +93,7 @@ def _job(recipe: Any) -> tuple[Any, int | None]:
     try:
         with tempfile.TemporaryDirectory() as folder:
             dataset = Path(folder) / "dataset"
-            prepare_stage(recipe.data, seed=recipe.seed, out=dataset, progress=ui.say)
+            prepare_stage(recipe, out=dataset, progress=ui.say)
             path = resolve_base(recipe.base, recipe.revision, progress=ui.say)
             renderer = Renderer(load_tokenizer(path), eos_token_ids(path))
             ids, conversations = read_split(dataset, "train")

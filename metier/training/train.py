@@ -80,7 +80,7 @@ def train(
     share = 100 * adapter.num_parameters / total
     say(f"trainable params: {adapter.num_parameters:,} || all params: {total:,} || trainable%: {share:.4f}")
     plan = make_plan(config, len(splits["train"]), base.config.hidden_size, base.device)
-    plan = _fitted(plan, base, adapter_config, config, splits["train"], say)
+    plan = fitted(plan, base, adapter_config, config, splits["train"], say)
     val_records = ranks.share(splits["val"], [record.num_tokens for record in splits["val"]])
     val_batches = pack_batches(val_records, plan.micro_batch_tokens, max(1, len(val_records)))
     work = ranks.from_first(work_folder(out, key) if not ranks.rank() else None)
@@ -108,7 +108,7 @@ def train(
     )  # fmt: skip
 
 
-def _fitted(
+def fitted(
     plan: Plan,
     base: Base,
     adapter: AdapterConfig,
