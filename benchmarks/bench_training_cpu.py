@@ -5,7 +5,8 @@
 The job: SmolLM2-135M-Instruct, the bundled ICD-10 terms as metier renders them, rank 16 on all linear
 layers, 16 records a step. Every contender gets the same batches in the same order, the same start of A and B, the same
 learning rates, and a process of its own; rounds alternate, so that a busy machine slows all of them alike.
-A step's time is from one step's end to the next's, collating included. Writes
+A step is timed from the end of the one before, collating included: process time (what the process itself computed, in
+one thread, whoever else was on the machine), with wall time beside it. Writes
 benchmarks/results/training_<machine>_<yyyymm>.md.
 """
 
@@ -28,11 +29,11 @@ from typing import Any
 
 ROOT = Path(__file__).parents[1]
 RECIPE = ROOT / "metier" / "bundled" / "icd10cm.yaml"
-RECORDS_PER_STEP, WARM_UP_STEPS, TIMED_STEPS = 16, 2, 10
+RECORDS_PER_STEP, WARM_UP_STEPS, TIMED_STEPS = 16, 1, 5
 NUM_STEPS = WARM_UP_STEPS + TIMED_STEPS
 LEARNING_RATE = 1e-3
 RANK, ALPHA = 16, 32
-ROUNDS = 2
+ROUNDS = 3
 CONTENDERS = {
     "peft-fp32": "PEFT + Trainer, fp32, padded",
     "peft-bf16": "PEFT + Trainer, bf16=True (autocast), padded",
@@ -51,7 +52,8 @@ def make_job(folder: Path, run: Path) -> None:
     from metier.model.lora import attach
     from metier.recipe import AdapterConfig
     from metier.training.labels import render_records
-    from metier.training.train import make_plan, read_split, records_of_step, seed_of
+    from metier.training.schedule import make_plan, records_of_step, seed_of
+    from metier.training.train import read_split
 
     base = load_base("smollm2-135m", dtype=torch.float32, device=torch.device("cpu"))
     renderer = Renderer(base.tokenizer, eos_token_ids(base.path))
@@ -81,7 +83,9 @@ def run_metier(folder: Path, precision: str) -> dict[str, Any]:
     from metier.model.load import load_base, resolve_device, resolve_precision
     from metier.model.lora import attach
     from metier.recipe import AdapterConfig
-    from metier.training.train import Trainer, make_plan, records_of_step
+    from metier.training.loop import Trainer
+    from metier.training.schedule import make_plan, records_of_step
+    from metier.training.train import fitted
 
     job = json.loads((folder / "job.json").read_text())
     config, device = train_config(precision), resolve_device("cpu")
@@ -96,12 +100,13 @@ def run_metier(folder: Path, precision: str) -> dict[str, Any]:
     for number, step in enumerate(steps):
         for index, record in zip(records_of_step(plan, 0, number), step, strict=True):
             records[index] = Rendered(record["input_ids"], record["labels"])
+    plan = fitted(plan, base, adapter.config, config, records, lambda text: None)
     trainer = Trainer(base, adapter, config, plan, 0, records, [], folder / "none", print)
     base.model.train()
-    losses, ends = [], [time.perf_counter()]
+    losses, ends = [], [clocks()]
     for _ in range(NUM_STEPS):
         losses.append(trainer.step().loss)
-        ends.append(time.perf_counter())
+        ends.append(clocks())
     return {"losses": losses, "ends": ends, "dtype": str(dtype).removeprefix("torch.")}
 
 
@@ -122,7 +127,7 @@ def run_peft(folder: Path, is_bf16: bool) -> dict[str, Any]:
     loaded = peft.set_peft_model_state_dict(model, safetensors.torch.load_file(folder / "start.safetensors"))
     assert not loaded.unexpected_keys
     losses: list[float] = []
-    ends = [0.0]
+    ends = [(0.0, 0.0)]
 
     class Timed(transformers.Trainer):
         def training_step(self, *args: Any, **kwargs: Any) -> Any:
@@ -135,10 +140,10 @@ def run_peft(folder: Path, is_bf16: bool) -> dict[str, Any]:
 
     class Clock(transformers.TrainerCallback):
         def on_train_begin(self, *args: Any, **kwargs: Any) -> None:
-            ends[0] = time.perf_counter()
+            ends[0] = clocks()
 
         def on_step_end(self, *args: Any, **kwargs: Any) -> None:
-            ends.append(time.perf_counter())
+            ends.append(clocks())
 
     arguments = transformers.TrainingArguments(
         output_dir=str(folder / "trainer"), per_device_train_batch_size=RECORDS_PER_STEP, max_steps=NUM_STEPS,
@@ -149,7 +154,12 @@ def run_peft(folder: Path, is_bf16: bool) -> dict[str, Any]:
     records = [record for step in job["steps"] for record in step]
     collator = transformers.DataCollatorForSeq2Seq(tokenizer, padding=True, label_pad_token_id=-100)
     Timed(model=model, args=arguments, train_dataset=records, data_collator=collator, callbacks=[Clock()]).train()
-    return {"losses": losses, "ends": ends, "dtype": "bfloat16 autocast" if is_bf16 else "float32"}
+    return {"losses": losses, "ends": ends, "dtype": "bf16 autocast" if is_bf16 else "float32"}
+
+
+def clocks() -> tuple[float, float]:
+    """Process time and wall time, in seconds."""
+    return time.process_time(), time.perf_counter()
 
 
 def work(contender: str, folder: Path) -> None:
@@ -184,7 +194,8 @@ def run_contender(name: str, folder: Path, environment: dict[str, str]) -> dict[
         sys.exit(f"{name} failed:\n{done.stderr[-3000:]}")
     result: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
     ends = result["ends"]
-    result["seconds"] = [b - a for a, b in zip(ends, ends[1:], strict=False)][WARM_UP_STEPS:]
+    for index, clock in enumerate(("seconds", "wall")):
+        result[clock] = [b[index] - a[index] for a, b in zip(ends, ends[1:], strict=False)][WARM_UP_STEPS:]
     print(f"{name}: {RECORDS_PER_STEP / statistics.median(result['seconds']):.2f} records/s", flush=True)
     return result
 
@@ -195,18 +206,22 @@ def write_report(
     """The table: medians over all rounds, each round's own rate, and how far the losses are apart."""
     from metier.artifacts import write_atomic
 
-    baseline = results["peft-fp32"][0]["losses"]
-    slowest = [statistics.median(r["seconds"]) for r in results["peft-fp32"]]
+    losses = results["peft-fp32"][0]["losses"]
     rows = []
     for name, rounds in results.items():
-        median = statistics.median(s for r in rounds for s in r["seconds"])
-        apart = max(abs(a - b) for r in rounds for a, b in zip(r["losses"], baseline, strict=True))
-        times = ", ".join(f"{b / statistics.median(r['seconds']):.2f}" for r, b in zip(rounds, slowest, strict=True))
-        each = ", ".join(f"{RECORDS_PER_STEP / statistics.median(r['seconds']):.2f}" for r in rounds)
+        same = results.get("peft-bf16" if rounds[0]["dtype"].startswith("bf") else "peft-fp32", results["peft-fp32"])
+        cpu, wall = (statistics.median(s for r in rounds for s in r[clock]) for clock in ("seconds", "wall"))
+        rates = [RECORDS_PER_STEP / statistics.median(r["seconds"]) for r in rounds]
+        times = [
+            rate * statistics.median(other["seconds"]) / RECORDS_PER_STEP
+            for rate, other in zip(rates, same, strict=True)
+        ]
+        apart = max(abs(a - b) for r in rounds for a, b in zip(r["losses"], losses, strict=True))
         rows.append(
-            f"| {CONTENDERS[name]} | {rounds[0]['dtype']} | {RECORDS_PER_STEP / median:.2f} | {each} | "
-            f"{times} | {max(r['peak_gib'] for r in rounds):.2f} | {rounds[0]['losses'][-1]:.4f} | "
-            f"{apart:.1e} |"
+            f"| {CONTENDERS[name]} | {rounds[0]['dtype']} | {RECORDS_PER_STEP / cpu:.2f} | "
+            f"{', '.join(f'{rate:.2f}' for rate in rates)} | {', '.join(f'{ratio:.2f}' for ratio in times)} | "
+            f"{RECORDS_PER_STEP / wall:.2f} | {max(r['peak_gib'] for r in rounds):.2f} | "
+            f"{rounds[0]['losses'][-1]:.4f} | {apart:.1e} |"
         )
     lengths = [[len(record["input_ids"]) for record in step] for step in job["steps"]]
     real, padded = sum(map(sum, lengths)), sum(max(step) * len(step) for step in lengths)
@@ -217,15 +232,15 @@ def write_report(
     text = f"""# LoRA training on a CPU: metier against PEFT + transformers' Trainer
 
 {datetime.date.today().isoformat()}. `python benchmarks/bench_training_cpu.py`; {platform.system()} {platform.machine()}, \
-{os.cpu_count()} cores ({", ".join(units)}), {os.environ.get("OMP_NUM_THREADS", os.cpu_count())} threads; {versions}.
+{os.cpu_count()} cores ({", ".join(units)}), one thread; {versions}.
 
 SmolLM2-135M-Instruct, ICD-10 terms, rank {RANK} on all linear layers, {RECORDS_PER_STEP} records a step, no dropout; the same \
 batches, start and learning rates for all. {TIMED_STEPS} timed steps after {WARM_UP_STEPS} of warm-up, {len(first_step)} rounds, \
 contenders in turn, each in a process of its own. Padding to the longest record of a batch makes {padded:,} tokens of {real:,} \
 ({padded / real:.2f} x).
 
-| | arithmetic | records/s (median step) | in each round | x PEFT fp32, in each round | peak memory, GiB | last loss | loss differs from PEFT fp32 by |
-|---|---|---|---|---|---|---|---|
+| | arithmetic | records/s, process time | in each round | x PEFT in the same arithmetic, in each round | records/s, wall | peak memory, GiB | last loss | loss differs from PEFT fp32 by |
+|---|---|---|---|---|---|---|---|---|
 {chr(10).join(rows)}
 
 `metier train`, process start to the end of the first step, model in the cache: \
@@ -253,7 +268,8 @@ def main() -> None:
     names = [name for name in CONTENDERS if has_bf16 or name != "peft-bf16"]
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
-        environment = os.environ | {"HF_HUB_OFFLINE": "1", "PYTHONPATH": str(ROOT), "OMP_WAIT_POLICY": "PASSIVE"}
+        environment = os.environ | {"HF_HUB_OFFLINE": "1", "PYTHONPATH": str(ROOT), "OMP_WAIT_POLICY": "PASSIVE",
+                                    "OMP_NUM_THREADS": "1"}  # fmt: skip
         pipeline.prepare(load_recipe(RECIPE, [], str(folder / "run")))
         make_job(folder, folder / "run")
         results: dict[str, list[dict[str, Any]]] = {name: [] for name in names}

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Protocol
@@ -54,6 +55,8 @@ def run(recipe: Recipe, ui: Ui | None = None) -> Path:
 
     Raises the errors of `metier.errors`; what was complete before stays complete.
     """
+    if is_follower():
+        return _follow(recipe) / "report.html"
     with _run_folder(recipe, ui) as (out, ui):
         _prepare(recipe, out, ui)
         _train(recipe, out, ui)
@@ -70,6 +73,8 @@ def prepare(recipe: Recipe, ui: Ui | None = None) -> Path:
 
 def train(recipe: Recipe, ui: Ui | None = None) -> Path:
     """Trains on the run's data set, which is there already or was carried here, and returns the adapter's folder."""
+    if is_follower():
+        return _follow(recipe) / "adapter"
     with _run_folder(recipe, ui) as (out, ui):
         _train(recipe, out, ui)
     return out / "adapter"
@@ -80,6 +85,27 @@ def evaluate(recipe: Recipe, ui: Ui | None = None) -> Path:
     with _run_folder(recipe, ui) as (out, ui):
         _evaluate(recipe, out, ui)
     return out / "evidence"
+
+
+def is_follower() -> bool:
+    """Whether `torchrun` started this process as any but the first: it trains along, and writes and says nothing."""
+    return int(os.environ.get("RANK", "0")) > 0 and _num_processes() > 1
+
+
+def _num_processes() -> int:
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def _follow(recipe: Recipe) -> Path:
+    """Waits for the first process's word, trains along if there is something to train, and returns the run's folder."""
+    from metier.training import ranks
+
+    ranks.start(recipe.train.device)
+    key = ranks.from_first(None)
+    if key is not None:
+        _train_adapter(recipe, Path(recipe.out), key, Silent())
+    ranks.stop()
+    return Path(recipe.out)
 
 
 @contextlib.contextmanager
@@ -114,22 +140,52 @@ def _train(recipe: Recipe, out: Path, ui: Ui) -> None:
             "adapter": recipe.adapter.model_dump(), "train": recipe.train.model_dump(exclude=NO_EFFECT),
         }
     )  # fmt: skip
-    if is_current(out / "adapter", key):
+    is_made = is_current(out / "adapter", key)
+    if _num_processes() > 1:
+        from metier.training import ranks
+
+        ranks.start(recipe.train.device)
+        ranks.from_first(None if is_made else key)
+    if is_made:
         ui.say("adapter: up to date")
-        return
-    from metier.model.load import load_base, resolve_device, resolve_precision
+    else:
+        _train_adapter(recipe, out, key, ui)
+        _store(recipe, out)
+        audit_artifacts(out)
+    if _num_processes() > 1:
+        ranks.stop()
+
+
+def _train_adapter(recipe: Recipe, out: Path, key: str, ui: Ui) -> None:
+    from metier.model.load import (
+        empty_model,
+        load_base,
+        read_config,
+        resolve_device,
+        resolve_precision,
+        storage_of,
+    )
+    from metier.model.resolve import resolve_base
+    from metier.training.cards import card_here
+    from metier.training.fit import precision_that_fits
+    from metier.training.memory import shape_of
     from metier.training.train import train
 
+    path = resolve_base(recipe.base, recipe.revision, progress=ui.say)
     device = resolve_device(recipe.train.device)
     dtype = resolve_precision(recipe.train.precision, device)
-    ui.say(f"training on {device.type} in {str(dtype).removeprefix('torch.')}")
-    base = load_base(recipe.base, revision=recipe.revision, dtype=dtype, device=device, progress=ui.say)
+    # Before any weight is loaded: what is misspelt, and what can never fit.
+    shape = shape_of(empty_model(read_config(str(path)), dtype), recipe.adapter)
+    storage = storage_of(precision_that_fits(shape, card_here(device), recipe.train))
+    kept = "" if storage == "dense" else f", the base's weights in {storage}"
+    ui.say(f"training on {device.type} in {str(dtype).removeprefix('torch.')}{kept}")
+    base = load_base(
+        recipe.base, revision=recipe.revision, dtype=dtype, device=device, storage=storage, progress=ui.say
+    )
     train(
         base, recipe.adapter, recipe.train, dataset=out / "dataset", out=out / "adapter", seed=recipe.seed, key=key,
         report=ui.progress, say=ui.say,
     )  # fmt: skip
-    _store(recipe, out)
-    audit_artifacts(out)
 
 
 def _evaluate(recipe: Recipe, out: Path, ui: Ui) -> None:

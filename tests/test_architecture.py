@@ -20,6 +20,7 @@ FOUNDATIONS = {"artifacts", "keys", "domains", "recipe", "errors"}
 STAGES = {"data", "training", "evaluation", "serving"}
 MAY_IMPORT = {
     "": FOUNDATIONS,  # metier/__init__.py
+    "__main__": {"cli"},
     "errors": set(),
     "artifacts": {"errors"},
     "keys": {"errors"},

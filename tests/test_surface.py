@@ -29,7 +29,7 @@ RECIPE_KEYS = """
     train.epochs train.max_steps train.micro_batch_size train.grad_accum_steps train.micro_batch_tokens
     train.max_seq_len train.over_length train.train_on train.learning_rate train.min_learning_rate train.warmup_ratio
     train.weight_decay train.max_grad_norm train.precision train.device train.log_every train.eval_every
-    train.save_every train.report_to
+    train.save_every train.report_to train.recompute
     evaluate.tasks evaluate.max_items evaluate.max_new_tokens evaluate.bootstrap_samples
     evaluate.smallest_effect evaluate.few_shot evaluate.forgetting evaluate.memorisation_items evaluate.gates
     serve.redact serve.notice serve.refuse
@@ -41,6 +41,7 @@ COMMANDS = {
     "run": "recipe --out --set",
     "prepare": "recipe --out --set",
     "inspect": "recipe --records --set",
+    "plan": "recipe --card --memory --set --shape",
     "train": "recipe --out --set",
     "evaluate": "recipe --out --set",
     "trace": "runs --subject",

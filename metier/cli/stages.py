@@ -48,6 +48,8 @@ def run(recipe: RecipePath, set_: Set = None, out: Out = None) -> None:
 
     loaded = load_recipe(recipe, set_, out)
     report = pipeline.run(loaded, terminal())
+    if pipeline.is_follower():
+        return
     evidence = json.loads((Path(loaded.out) / "evidence" / "evidence.json").read_text(encoding="utf-8"))
     _print_verdict(evidence)
     typer.echo(f"report: {report}")
@@ -128,7 +130,9 @@ def train(recipe: RecipePath, set_: Set = None, out: Out = None) -> None:
     from metier import pipeline
     from metier.recipe import load_recipe
 
-    typer.echo(f"adapter: {pipeline.train(load_recipe(recipe, set_, out), terminal())}")
+    folder = pipeline.train(load_recipe(recipe, set_, out), terminal())
+    if not pipeline.is_follower():
+        typer.echo(f"adapter: {folder}")
 
 
 @app.command()

@@ -17,13 +17,18 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+import accelerate
 import torch
 import transformers
 from safetensors import SafetensorError
 from tokenizers import normalizers, pre_tokenizers
+from torch import nn
 
 from metier.errors import ModelError, RunError
+from metier.kernels.frozen import Storage
+from metier.model import weights
 from metier.model.embedded import Progress, say
+from metier.model.quantise import check_storage, quantise_linear, quantise_model
 from metier.model.resolve import base_digest, first_line, read_json, resolve_base
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "tekken.json")
@@ -32,7 +37,7 @@ _hf: Any = transformers
 
 
 Device = Literal["auto", "cpu", "cuda"]
-Precision = Literal["auto", "fp32", "bf16", "fp16"]
+Precision = Literal["auto", "fp32", "bf16", "fp16", "fp8", "nf4"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,6 +57,12 @@ class Base:
     digest: str
     dtype: torch.dtype
     device: torch.device
+    storage: Storage = "dense"
+
+    @property
+    def precision(self) -> str:
+        """How the weights are kept: `fp8`, `nf4`, or the dtype's name."""
+        return str(self.dtype).removeprefix("torch.") if self.storage == "dense" else self.storage
 
     @property
     def config(self) -> Any:
@@ -65,20 +76,22 @@ def load_base(
     revision: str | None = None,
     dtype: torch.dtype,
     device: torch.device,
+    storage: Storage = "dense",
     progress: Progress = say,
 ) -> Base:
     """Loads a base model and its tokenizer onto `device` in `dtype`, frozen, with SDPA attention.
 
-    Raises `ModelError` for what `resolve_base` refuses, a checkpoint that needs code of its own, an
-    architecture that transformers does not have, damaged or missing weights, a missing tokenizer, and a
-    vocabulary that is larger than the embeddings.
+    With `storage` fp8 or nf4 its linear layers but the head are quantised. Raises `ModelError` for what
+    `resolve_base` refuses, a checkpoint that needs code of its own, an architecture that transformers does not have,
+    damaged or missing weights, a missing tokenizer, and a vocabulary that is larger than the embeddings.
     """
+    check_storage(storage, device)
     name = str(path_or_name)
     path = resolve_base(name, revision, progress=progress)
     with _quiet():
         _check_architecture(path, progress)
         tokenizer = load_tokenizer(path)
-        model = _load_model(path, dtype, device, progress)
+        model = _load_model(path, dtype, device, storage, progress)
     top = max(tokenizer.get_vocab().values())
     rows = model.get_input_embeddings().num_embeddings
     if top >= rows:
@@ -88,7 +101,7 @@ def load_base(
         )
     model.requires_grad_(False).eval()
     commit = path.name if path.parent.name == "snapshots" else None
-    return Base(model, tokenizer, path, name, commit, base_digest(path), dtype, device)
+    return Base(model, tokenizer, path, name, commit, base_digest(path), dtype, device, storage)
 
 
 def load_tokenizer(path: Path) -> Any:
@@ -179,11 +192,12 @@ def resolve_device(name: Device) -> torch.device:
 
 
 def resolve_precision(name: Precision, device: torch.device, *, progress: Progress = say) -> torch.dtype:
-    """The dtype of the frozen base and of the arithmetic on `device`.
+    """The dtype of the arithmetic on `device`, and of the frozen base unless `storage_of` says otherwise.
 
     `auto` is bf16 where the device has units for it (compute capability 8.0 and up; AVX512-BF16 or AMX),
     else fp16 on a GPU and fp32 on a CPU. bf16 on a CPU without units is allowed, with a word of warning: it
-    was measured 9 times slower than fp32. Raises `ModelError` for fp16 on a CPU and bf16 on an older GPU.
+    was measured 9 times slower than fp32. fp8 and nf4 compute in what `auto` takes. Raises `ModelError` for fp16 on a
+    CPU, bf16 on an older GPU, and fp8 and nf4 where the device has no way to multiply them.
     """
     if device.type == "cuda":
         has_bf16 = torch.cuda.get_device_capability(device) >= (8, 0)
@@ -191,7 +205,8 @@ def resolve_precision(name: Precision, device: torch.device, *, progress: Progre
         # Without the query (torch before 2.13) fp32 is the safe answer.
         capabilities: dict[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()
         has_bf16 = any(capabilities.get(unit, False) for unit in ("avx512_bf16", "amx_bf16"))
-    if name == "auto":
+    check_storage(storage_of(name), device)
+    if name in ("auto", "fp8", "nf4"):
         without = torch.float16 if device.type == "cuda" else torch.float32
         return torch.bfloat16 if has_bf16 else without
     if name == "fp16" and device.type == "cpu":
@@ -205,6 +220,11 @@ def resolve_precision(name: Precision, device: torch.device, *, progress: Progre
             )
         progress("precision: bf16 is slow on this CPU, which has no units for it; fp32 is several times faster")
     return {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[name]
+
+
+def storage_of(name: Precision) -> Storage:
+    """How `precision` keeps the linear layers' weights."""
+    return name if name in ("fp8", "nf4") else "dense"
 
 
 def _check_architecture(path: Path, progress: Progress) -> None:
@@ -239,12 +259,50 @@ def _check_architecture(path: Path, progress: Progress) -> None:
         )
 
 
-def _load_model(path: Path, dtype: torch.dtype, device: torch.device, progress: Progress) -> Any:
+def read_config(name: str, revision: str | None = None, shape: dict[str, Any] | None = None) -> Any:
+    """The transformers configuration of a base model that may have no weights here: folder, GGUF file, alias or hub id.
+
+    `shape` replaces entries of it; with a `model_type` it stands alone, on that architecture's defaults. Raises
+    `ModelError` for what is no model, and for an architecture that transformers does not have.
+    """
+    shape, path = dict(shape or {}), Path(name).expanduser()
     try:
-        model, report = _hf.AutoModelForCausalLM.from_pretrained(
-            path, dtype=dtype, device_map={"": device}, attn_implementation="sdpa", use_safetensors=True,
-            trust_remote_code=False, local_files_only=True, output_loading_info=True, ignore_mismatched_sizes=True,
-        )  # fmt: skip
+        with _quiet():
+            if kind := shape.pop("model_type", None):
+                return _hf.CONFIG_MAPPING[kind](**shape)
+            if path.is_file():
+                config = _hf.AutoConfig.from_pretrained(path.parent, gguf_file=path.name)
+            elif (path / "config.json").is_file() or ("/" in name and not path.exists() and name[0] not in "./~"):
+                config = _hf.AutoConfig.from_pretrained(name, revision=revision, trust_remote_code=False)
+            else:
+                config = _hf.AutoConfig.from_pretrained(resolve_base(name, revision), local_files_only=True)
+            config.get_text_config().update(shape)
+    # A damaged GGUF file or config.json raises whatever its bytes lead to.
+    except (KeyError, ValueError, TypeError, OSError, RuntimeError, ImportError, AttributeError) as error:
+        raise ModelError(
+            f"`{kind or name}` has no configuration that transformers {transformers.__version__} reads: "
+            f"{first_line(error)}",
+            hint="name a folder with config.json, a GGUF file, or a shape: `--shape model_type=llama,hidden_size=4096`",
+        ) from error
+    return config
+
+
+def empty_model(config: Any, dtype: torch.dtype) -> Any:
+    """The model that `config` (a transformers configuration) describes, with no memory for its weights.
+
+    Parameters are on the meta device; buffers, which checkpoints do not hold (rotary frequencies), are real.
+    """
+    # Types of accelerate are partial.
+    init_empty_weights: Any = accelerate.init_empty_weights
+    with _quiet(), init_empty_weights(include_buffers=False):
+        model = _hf.AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation="sdpa")
+    model.tie_weights()
+    return model
+
+
+def _load_model(path: Path, dtype: torch.dtype, device: torch.device, storage: Storage, progress: Progress) -> Any:
+    try:
+        model, unexpected, missing = _load_weights(path, dtype, device, storage)
     except torch.OutOfMemoryError as error:
         raise ModelError(
             f"`{path}` does not fit into the memory of {torch.cuda.get_device_name(device)}",
@@ -254,16 +312,46 @@ def _load_model(path: Path, dtype: torch.dtype, device: torch.device, progress: 
         raise ModelError(
             f"`{path}` cannot be loaded by transformers {transformers.__version__}: {first_line(error)}"
         ) from error
-    if missing := sorted(report["missing_keys"]) or sorted(str(key[0]) for key in report["mismatched_keys"]):
+    if missing:
         raise ModelError(
             f"{len(missing)} of the model's weights are not in `{path}` or of another shape, {missing[0]} first",
             hint="config.json and the safetensors are of different models, or a file is missing",
         )
-    if unexpected := report["unexpected_keys"]:
+    if unexpected:
         progress(
             f"{len(unexpected)} tensors of the checkpoint have no place in {type(model).__name__} and are not used"
         )
     return model
+
+
+def _load_weights(
+    path: Path, dtype: torch.dtype, device: torch.device, storage: Storage
+) -> tuple[Any, list[str], list[str]]:
+    """The model, the names in the checkpoint that it has no use for, and those that it misses.
+
+    Each linear layer but the head is quantised as soon as it is on the device: the model never exists in full.
+    """
+    config = _hf.AutoConfig.from_pretrained(path, trust_remote_code=False, local_files_only=True)
+    model, names = empty_model(config, dtype), weights.shard_names(path)
+    if weights.can_fill(model, names, weights.shapes_of(names)):
+        head = model.get_output_embeddings()
+
+        def quantised(name: str, linear: nn.Linear) -> nn.Module | None:
+            return None if linear is head else quantise_linear(linear, storage)
+
+        replace = None if storage == "dense" else quantised
+        unused = weights.fill(model, names, dtype=dtype, device=device, replace=replace)
+        if (path / "generation_config.json").is_file():
+            model.generation_config = _hf.GenerationConfig.from_pretrained(path)
+        return model, unused, []
+    # Old spellings of names, fused weights, parts that stay in fp32: transformers knows them all.
+    model, report = _hf.AutoModelForCausalLM.from_pretrained(
+        path, dtype=dtype, device_map={"": device}, attn_implementation="sdpa", use_safetensors=True,
+        trust_remote_code=False, local_files_only=True, output_loading_info=True, ignore_mismatched_sizes=True,
+    )  # fmt: skip
+    quantise_model(model, storage)
+    missing = sorted(report["missing_keys"]) or sorted(str(key[0]) for key in report["mismatched_keys"])
+    return model, sorted(report["unexpected_keys"]), missing
 
 
 @contextlib.contextmanager

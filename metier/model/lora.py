@@ -22,7 +22,8 @@ from torch import nn
 
 from metier.artifacts import write_atomic, write_json
 from metier.errors import ModelError, did_you_mean
-from metier.kernels.reference import lora_linear
+from metier.kernels.reference import low_rank
+from metier.model.quantise import FrozenLinear
 from metier.recipe import AdapterConfig
 
 PREFIX = "base_model.model."
@@ -37,7 +38,7 @@ class LoRALinear(nn.Module):
         self.scaling = scaling
         self.dropout = dropout
         self.is_on = True
-        device = base.weight.device
+        device = base.device if isinstance(base, FrozenLinear) else base.weight.device
         self.lora_a = nn.Parameter(torch.empty(rank, base.in_features, dtype=torch.float32, device=device))
         self.lora_b = nn.Parameter(torch.zeros(base.out_features, rank, dtype=torch.float32, device=device))
 
@@ -52,15 +53,8 @@ class LoRALinear(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         if not self.is_on:
             return self.base(x)  # type: ignore[no-any-return]
-        return lora_linear(
-            x,
-            self.base.weight,
-            self.base.bias,
-            self.lora_a,
-            self.lora_b,
-            scaling=self.scaling,
-            dropout=self.dropout if self.training else 0.0,
-        )
+        dropout = self.dropout if self.training else 0.0
+        return self.base(x) + low_rank(x, self.lora_a, self.lora_b, scaling=self.scaling, dropout=dropout)  # type: ignore[no-any-return]
 
 
 @dataclass

@@ -17,7 +17,16 @@ from metier.artifacts import read_manifest
 from metier.errors import LabelError, ModelError
 from metier.model.chat import IGNORE_INDEX, Message, Renderer, eos_token_ids
 from metier.model.generate import SamplingParams, generate_ids
-from metier.model.load import Base, Device, Precision, load_base, resolve_device, resolve_precision, tokens_per_pass
+from metier.model.load import (
+    Base,
+    Device,
+    Precision,
+    load_base,
+    resolve_device,
+    resolve_precision,
+    storage_of,
+    tokens_per_pass,
+)  # fmt: skip
 from metier.model.lora import Adapter, load_adapter, read_adapter_config
 from metier.model.score import answer_log_probs, choice_log_probs
 
@@ -201,7 +210,9 @@ def load(
         return Specialist(_base(str(run_or_base), None, device, precision, say))
     _, entries = read_adapter_config(adapter_folder)
     manifest = read_manifest(adapter_folder) or {}
-    names: dict[str, Precision] = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16"}
+    names: dict[str, Precision] = {
+        "float32": "fp32", "bfloat16": "bf16", "float16": "fp16", "fp8": "fp8", "nf4": "nf4",
+    }  # fmt: skip
     trained = names.get(manifest.get("precision", ""), "auto")
     name = manifest.get("base", {}).get("name") or entries["base_model_name_or_path"]
     same_device = manifest.get("device") == resolve_device(device).type
@@ -213,4 +224,7 @@ def load(
 
 def _base(name: str, revision: str | None, device: Device, precision: Precision, say: Callable[[str], None]) -> Base:
     where = resolve_device(device)
-    return load_base(name, revision=revision, dtype=resolve_precision(precision, where), device=where, progress=say)
+    return load_base(
+        name, revision=revision, dtype=resolve_precision(precision, where), device=where,
+        storage=storage_of(precision), progress=say,
+    )  # fmt: skip

@@ -11,7 +11,7 @@ import json
 import os
 import shutil
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +26,10 @@ KEEP = 2
 
 @dataclass
 class Progress:
-    """Where a run stands; everything else that a resumed run needs follows from the seed."""
+    """Where a run stands; everything else that a resumed run needs follows from the seed.
+
+    `micro_batch_tokens` and `recompute` are what the run found to fit; `step_backs` says when they were changed.
+    """
 
     step: int = 0
     num_tokens: int = 0
@@ -37,6 +40,9 @@ class Progress:
     best_step: int = 0
     metrics_bytes: int = 0
     seconds: float = 0.0
+    micro_batch_tokens: int = 0
+    recompute: str = "none"
+    step_backs: list[dict[str, Any]] = field(default_factory=list)
 
 
 def save_checkpoint(folder: Path, progress: Progress, tensors: dict[str, torch.Tensor], extra: dict[str, Any]) -> None:

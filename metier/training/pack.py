@@ -17,12 +17,16 @@ from metier.model.chat import IGNORE_INDEX, Rendered
 
 @dataclass(frozen=True, slots=True)
 class PackedBatch:
-    """One pass: input_ids, position_ids [1, T] int64; the N positions that carry loss and their targets [N] int64."""
+    """One pass: input_ids, position_ids [1, T] int64; the N positions that carry loss and their targets [N] int64.
+
+    `lengths` are the records' tokens, in their order in the row.
+    """
 
     input_ids: torch.Tensor
     position_ids: torch.Tensor
     loss_positions: torch.Tensor
     loss_targets: torch.Tensor
+    lengths: tuple[int, ...]
 
     @property
     def num_tokens(self) -> int:
@@ -38,6 +42,7 @@ class PackedBatch:
             self.position_ids.to(device, non_blocking=True),
             self.loss_positions.to(device, non_blocking=True),
             self.loss_targets.to(device, non_blocking=True),
+            self.lengths,
         )
 
 
@@ -77,6 +82,7 @@ def collate(records: Sequence[Rendered]) -> PackedBatch:
     return PackedBatch(
         torch.tensor([input_ids]), torch.tensor([position_ids]),
         torch.tensor(positions, dtype=torch.int64), torch.tensor(targets, dtype=torch.int64),
+        tuple(record.num_tokens for record in records),
     )  # fmt: skip
 
 

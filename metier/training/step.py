@@ -1,10 +1,12 @@
 """One optimizer step. The step's loss is the sum over its unmasked tokens, divided by their number.
 
-So a record weighs the same however the step is cut into micro-batches: 1 x 8 equals 8 x 1.
+So a record weighs the same however the step is cut into micro-batches, or divided over processes: 1 x 8
+equals 8 x 1.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -12,6 +14,8 @@ from typing import Any
 import torch
 
 from metier.kernels.reference import cross_entropy_sum
+from metier.model.fused import FusedModel
+from metier.training import ranks
 from metier.training.pack import PackedBatch
 
 
@@ -27,7 +31,12 @@ class StepResult:
 
 
 def loss_sum(model: Any, batch: PackedBatch) -> torch.Tensor:
-    """Summed cross-entropy in nats (fp32 scalar) of one pass; only supervised positions reach the output head."""
+    """Summed cross-entropy in nats (fp32 scalar) of one pass; only supervised positions reach the output head.
+
+    `model` is a transformers model, or the `FusedModel` over one.
+    """
+    if isinstance(model, FusedModel):
+        return model.loss_sum(batch)
     logits = model(
         input_ids=batch.input_ids,
         position_ids=batch.position_ids,
@@ -48,35 +57,51 @@ def train_step(
 ) -> StepResult:
     """Forward and backward over `batches`, clip, update. A step with NaN or inf leaves the weights as they were.
 
+    With several ranks, `batches` are this rank's part of the step; the result is of all of them.
     `scaler` scales the loss for fp16 and is disabled otherwise.
     """
-    num_loss_tokens = sum(batch.num_loss_tokens for batch in batches)
-    total = torch.zeros((), device=batches[0].input_ids.device)
-    for batch in batches:
-        loss = loss_sum(model, batch)
-        torch.autograd.backward(scaler.scale(loss / num_loss_tokens))
-        total += loss.detach()
-    scaler.unscale_(optimizer)
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    total = torch.zeros((), device=parameters[0].device)
+    num_loss_tokens, num_tokens = ranks.totals(
+        sum(batch.num_loss_tokens for batch in batches), sum(batch.num_tokens for batch in batches)
+    )
+    weight = scaler.scale(torch.full_like(total, 1 / num_loss_tokens))
+    for batch in batches:
+        total += accumulate(model, batch, weight)
+    ranks.sum_gradients(parameters)
+    (loss_of_all,) = ranks.totals(float(total))
+    scaler.unscale_(optimizer)
     grad_norm = torch.nn.utils.clip_grad_norm_(parameters, max_grad_norm)
-    is_finite = bool(torch.isfinite(grad_norm) & torch.isfinite(total))
+    is_finite = bool(torch.isfinite(grad_norm)) and math.isfinite(loss_of_all)
     if is_finite:
         for group in optimizer.param_groups:
             group["lr"] = learning_rate
         scaler.step(optimizer)
     scaler.update()
     optimizer.zero_grad(set_to_none=True)
-    num_tokens = sum(batch.num_tokens for batch in batches)
-    return StepResult(float(total) / num_loss_tokens, float(grad_norm), num_tokens, num_loss_tokens, not is_finite)
+    return StepResult(
+        loss_of_all / num_loss_tokens, float(grad_norm), int(num_tokens), int(num_loss_tokens), not is_finite
+    )
+
+
+def accumulate(model: Any, batch: PackedBatch, weight: torch.Tensor) -> torch.Tensor:
+    """The pass's `loss_sum`, detached, after adding its gradient times `weight` to the adapter's."""
+    if isinstance(model, FusedModel):
+        return model.accumulate(batch, weight)
+    loss = loss_sum(model, batch)
+    torch.autograd.backward(loss * weight)
+    return loss.detach()
 
 
 @torch.no_grad()
 def mean_loss(model: Any, batches: Sequence[PackedBatch]) -> float:
-    """Loss in nats a token over `batches`, without dropout."""
+    """Loss in nats a token over `batches` (of all ranks together), without dropout."""
     was_training = model.training
     model.eval()
     try:
-        total = sum(float(loss_sum(model, batch)) for batch in batches)
+        mine = sum(float(loss_sum(model, batch)) for batch in batches)
     finally:
         model.train(was_training)
-    return total / sum(batch.num_loss_tokens for batch in batches)
+    num_loss_tokens = sum(batch.num_loss_tokens for batch in batches)
+    total, of_all = ranks.totals(mine, num_loss_tokens)
+    return total / of_all

@@ -10,9 +10,8 @@ import torch
 from metier.model.lora import Adapter, attach
 from metier.recipe import AdapterConfig, TrainConfig
 from metier.training.pack import pack_batches
-from metier.training.schedule import learning_rate_at, peak_learning_rate
+from metier.training.schedule import learning_rate_at, make_plan, peak_learning_rate, records_of_step
 from metier.training.step import StepResult, mean_loss, train_step
-from metier.training.train import make_plan, records_of_step
 from tests.model.tiny import tiny_model
 from tests.training.test_pack import random_records
 

@@ -258,6 +258,9 @@ def test_three_steps_that_are_not_finite_stop_the_run(recipe: Path, tmp_path: Pa
             train(recipe, tmp_path, ui, *settings)
         assert "learning_rate" in str(error.value)
     assert any("step 3: the loss on the val split is not finite" in text for text in ui.said)
+    assert any("step 2: loss or gradient not finite; the step is skipped" in text for text in ui.said)
+    lines = [json.loads(line) for line in (tmp_path / ".adapter.partial" / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines if line.get("skipped")] == [2, 3]
     found = load_checkpoint(newest(tmp_path).parent, pytest.fail)
     assert found is not None
     progress, tensors, _ = found

@@ -1,0 +1,302 @@
+"""LoRA training speed on one CUDA GPU: metier beside PEFT, PEFT + Liger and Unsloth, each in a fresh process.
+
+    python benchmarks/bench_training.py all                   # every row that can run here, and the results file
+    python benchmarks/bench_training.py metier_fp8 peft ...   # some rows, printed
+    SHAPE=7b|8b|smol|70b BATCH=16 SEQ=512 STEPS=8             # environment of those
+
+Random weights of the shape (speed does not depend on them), all-linear r=16, alpha 32, no dropout, fused AdamW, loss on
+every token. A row: the median step's tokens/s, peak memory from torch's allocator, and mfu: the arithmetic of forward and
+dX (no weight gradients, causal attention, no recomputation) over 989 TFLOP/s, the H100's dense bf16 peak.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).parents[1]
+sys.path.insert(0, str(ROOT))
+RESULTS = ROOT / "benchmarks" / "results" / "training_h100_202611.md"
+RANK, ALPHA, WARM_UP = 16, 32, 4
+# vocabulary, hidden, intermediate, layers, heads, key/value heads
+SHAPES = {
+    "7b": (32000, 4096, 11008, 32, 32, 32), "8b": (128256, 4096, 14336, 32, 32, 8),
+    "smol": (49152, 576, 1536, 30, 9, 3), "70b": (32000, 8192, 28672, 80, 64, 8),
+}  # fmt: skip
+SHAPE = os.environ.get("SHAPE", "7b")
+VOCAB, HIDDEN, INNER, LAYERS, HEADS, KV_HEADS = SHAPES[SHAPE]
+BATCH, SEQ, STEPS = (int(os.environ.get(name, value)) for name, value in (("BATCH", 16), ("SEQ", 512), ("STEPS", 8)))
+SAVED = Path(tempfile.gettempdir()) / f"llama-{SHAPE}"
+H100_BF16 = 989e12
+
+
+def config() -> Any:
+    import transformers
+
+    return transformers.LlamaConfig(
+        vocab_size=VOCAB, hidden_size=HIDDEN, intermediate_size=INNER, num_hidden_layers=LAYERS,
+        num_attention_heads=HEADS, num_key_value_heads=KV_HEADS, max_position_embeddings=8192, rms_norm_eps=1e-5,
+        tie_word_embeddings=SHAPE == "smol",
+    )  # fmt: skip
+
+
+def build(storage: str = "dense") -> Any:
+    """The model with random bf16 weights on the GPU, made module by module, so that 70B in NF4 fits."""
+    import torch
+    import transformers
+
+    from metier.model.quantise import quantise_linear
+
+    with torch.device("meta"):
+        model = transformers.AutoModelForCausalLM.from_config(
+            config(), dtype=torch.bfloat16, attn_implementation="sdpa"
+        )
+    head = model.get_output_embeddings()
+    for name, module in list(model.named_modules()):
+        for key, parameter in list(module.named_parameters(recurse=False)):
+            value = torch.empty(parameter.shape, dtype=torch.bfloat16, device="cuda")
+            value = value.fill_(1.0) if value.dim() == 1 else value.normal_(0, 0.02)
+            setattr(module, key, torch.nn.Parameter(value, requires_grad=False))
+        if isinstance(module, torch.nn.Linear) and module is not head and storage != "dense":
+            parent, _, child = name.rpartition(".")
+            setattr(model.get_submodule(parent), child, quantise_linear(module, storage))
+    model.tie_weights()
+    model.model.rotary_emb = type(model.model.rotary_emb)(config=model.config, device="cuda")
+    return model
+
+
+def token_flops() -> float:
+    """Operations a token: forward and dX of the linear layers and the head, causal attention forward and 2.5x back."""
+    size = HIDDEN // HEADS
+    linear = LAYERS * (2 * HIDDEN * HIDDEN + 2 * HIDDEN * KV_HEADS * size + 3 * HIDDEN * INNER)
+    return 4 * (linear + VOCAB * HIDDEN) + 3.5 * LAYERS * 2 * SEQ * HIDDEN
+
+
+def batches() -> Iterator[Any]:
+    import torch
+
+    generator = torch.Generator(device="cuda").manual_seed(0)
+    while True:
+        yield torch.randint(5, min(VOCAB, 31000), (BATCH, SEQ), device="cuda", generator=generator)
+
+
+def measure(name: str, step: Callable[[Any], Any]) -> None:
+    import torch
+
+    ids = batches()
+    tick = time.time()
+    for _ in range(WARM_UP):
+        loss = step(next(ids))
+    torch.cuda.synchronize()
+    warm = time.time() - tick
+    torch.cuda.reset_peak_memory_stats()
+    pairs = []
+    for _ in range(STEPS):
+        some = next(ids)
+        pair = [torch.cuda.Event(enable_timing=True) for _ in range(2)]
+        pair[0].record()
+        loss = step(some)
+        pair[1].record()
+        pairs.append(pair)
+    torch.cuda.synchronize()
+    times = sorted(a.elapsed_time(b) for a, b in pairs)
+    rate = BATCH * SEQ / times[len(times) // 2] * 1e3
+    row = {
+        "name": name, "shape": SHAPE, "batch": BATCH, "seq": SEQ, "tok_s": round(rate),
+        "peak_gib": round(torch.cuda.max_memory_allocated() / 2**30, 2),
+        "mfu": round(rate * token_flops() / H100_BF16, 3), "ms": round(times[len(times) // 2], 1),
+        "ms_min_max": [round(times[0], 1), round(times[-1], 1)], "warm_up_s": round(warm, 1), "loss": round(float(loss), 3),
+    }  # fmt: skip
+    print("ROW " + json.dumps(row), flush=True)
+    if os.environ.get("PROFILE"):
+        profile(name, step, next(ids))
+
+
+KINDS = (
+    ("attention", ("flash", "fmha", "attention")),
+    ("quantise, norm and LoRA down", ("_project_rows", "_norm_backward")),
+    ("SwiGLU", ("_swiglu",)), ("rotary", ("_rotate",)), ("residual and LoRA up", ("_add_low_rank",)),
+    ("weights: dequantise, transpose", ("_dequantise", "_transpose")), ("loss", ("_cross_entropy",)),
+    ("optimizer", ("multi_tensor", "fused_adam")), ("products", ("gemm", "nvjet", "cutlass", "splitk", "gemv")),
+)  # fmt: skip
+
+
+def profile(name: str, step: Callable[[Any], Any], ids: Any) -> None:
+    """Kernel time of one step by kind, and the gaps between kernels."""
+    import torch
+
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as trace:
+        step(ids)
+        torch.cuda.synchronize()
+    events = [e for e in trace.events() if e.device_type == torch.autograd.DeviceType.CUDA]
+    time_of: Counter[str] = Counter()
+    count_of: Counter[str] = Counter()
+    for event in events:
+        time_of[event.name] += event.time_range.elapsed_us()
+        count_of[event.name] += 1
+    span = max(e.time_range.end for e in events) - min(e.time_range.start for e in events)
+    kinds: Counter[str] = Counter()
+    for kernel, us in time_of.items():
+        kinds[next((kind for kind, words in KINDS if any(w in kernel.lower() for w in words)), "other")] += us
+    kinds["gaps"] = span - sum(time_of.values())
+    print("PROFILE " + json.dumps({"name": name} | {k: round(v / 1e3, 1) for k, v in kinds.most_common()}), flush=True)
+    for kernel, us in time_of.most_common(int(os.environ["PROFILE"])):
+        print(f"  {us / 1e3:8.2f} ms {count_of[kernel]:5d}x  {kernel[:130]}", flush=True)
+
+
+def metier(
+    name: str, storage: str = "dense", *, recompute: str = "none", copies: int = 2, micro: int = 1, graph: bool = False
+) -> None:
+    """`micro` passes a step, of equal size."""
+    import torch
+
+    from metier.model.fused import fuse
+    from metier.model.lora import attach
+    from metier.recipe import AdapterConfig
+    from metier.training.pack import PackedBatch
+    from metier.training.step import train_step
+
+    model = build(storage)
+    adapter = attach(model, AdapterConfig(rank=RANK, alpha=ALPHA), seed=0)
+    fused = fuse(model, adapter, recompute=recompute, fp8_copies=copies)
+    assert fused is not None
+    torch.cuda.empty_cache()
+    optimizer = torch.optim.AdamW(list(adapter.parameters.values()), lr=2e-4, weight_decay=0.0, fused=True)
+    scaler = torch.amp.GradScaler("cuda", enabled=False)
+    model.train()
+
+    def packed(ids: Any) -> Any:
+        rows = ids.shape[0]
+        positions = torch.arange(SEQ, device="cuda").repeat(rows)[None]
+        at = torch.arange(rows * SEQ, device="cuda").view(rows, SEQ)[:, :-1].flatten()
+        return PackedBatch(ids.view(1, -1), positions, at, ids[:, 1:].flatten(), (SEQ,) * rows)
+
+    def step(ids: Any) -> Any:
+        parts = [packed(part) for part in ids.chunk(micro)]
+        return train_step(fused, optimizer, parts, learning_rate=2e-4, max_grad_norm=1.0, scaler=scaler).loss
+
+    measure(name, step)
+
+
+def plain_loop(name: str, model: Any) -> None:
+    import torch
+
+    trained = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(trained, lr=2e-4, weight_decay=0.0, fused=True)
+    model.train()
+
+    def step(ids: Any) -> Any:
+        with torch.autocast("cuda", torch.bfloat16):
+            loss = model(input_ids=ids, labels=ids).loss
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        return loss.detach()
+
+    measure(name, step)
+
+
+def peft_model(*, checkpointing: bool = False) -> Any:
+    import peft
+
+    model = build()
+    if checkpointing:
+        model.gradient_checkpointing_enable()
+        model.enable_input_require_grads()
+    return peft.get_peft_model(
+        model, peft.LoraConfig(r=RANK, lora_alpha=ALPHA, target_modules="all-linear", task_type="CAUSAL_LM")
+    )
+
+
+def liger() -> None:
+    from liger_kernel.transformers import apply_liger_kernel_to_llama
+
+    apply_liger_kernel_to_llama()
+    plain_loop("PEFT + Liger", peft_model())
+
+
+def unsloth(name: str, checkpointing: Any, *, four_bit: bool = False) -> None:
+    os.environ["UNSLOTH_DISABLE_STATISTICS"] = os.environ["HF_HUB_OFFLINE"] = "1"
+    import torch
+    from unsloth import FastLanguageModel
+
+    model, _ = FastLanguageModel.from_pretrained(
+        str(SAVED), max_seq_length=max(SEQ, 2048), dtype=torch.bfloat16, load_in_4bit=four_bit, local_files_only=True
+    )
+    targets = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+    plain_loop(name, FastLanguageModel.get_peft_model(
+        model, r=RANK, target_modules=targets, lora_alpha=ALPHA, lora_dropout=0, bias="none",
+        use_gradient_checkpointing=checkpointing, random_state=0,
+    ))  # fmt: skip
+
+
+def save() -> None:
+    """The random model and a tokenizer on disk, for peers that load from there alone."""
+    from tests.model.tiny import tiny_tokenizer
+
+    build().save_pretrained(SAVED, max_shard_size="4GB")
+    tiny_tokenizer("llama2").save_pretrained(SAVED)
+    print("saved", flush=True)
+
+
+ROWS: dict[str, Callable[[], None]] = {
+    "save": save,
+    "peft": lambda: plain_loop("PEFT, bf16 autocast", peft_model()),
+    "peft_ckpt": lambda: plain_loop("PEFT, checkpointing", peft_model(checkpointing=True)),
+    "liger": liger,
+    "unsloth": lambda: unsloth("Unsloth, no checkpointing", False),
+    "unsloth_ckpt": lambda: unsloth("Unsloth, its checkpointing", "unsloth"),
+    "unsloth_4bit": lambda: unsloth("Unsloth 4-bit, its checkpointing", "unsloth", four_bit=True),
+    "metier_bf16": lambda: metier("metier bf16"),
+    "metier_fp8": lambda: metier("metier fp8", "fp8"),
+    "metier_fp8_one": lambda: metier("metier fp8, one copy", "fp8", copies=1),
+    "metier_fp8_16g": lambda: metier("metier fp8 in 16 GiB", "fp8", copies=1, micro=4),
+    "metier_fp8_16g_mlp": lambda: metier("metier fp8, MLP computed again", "fp8", copies=1, micro=2, recompute="mlp"),
+    "metier_nf4": lambda: metier("metier nf4", "nf4"),
+    "metier_nf4_6g": lambda: metier("metier nf4 in 6 GiB", "nf4", recompute="layer", micro=4),
+    "metier_nf4_6g_2": lambda: metier("metier nf4, two passes", "nf4", recompute="layer", micro=2),
+}
+
+
+def run_rows(names: list[str], **environment: str) -> list[str]:
+    """Each row in a process of its own; its printed lines, or one that says how it failed."""
+    lines = []
+    for name in names:
+        tick = time.time()
+        try:
+            done = subprocess.run(
+                [sys.executable, __file__, "one", name], capture_output=True, text=True, env=os.environ | environment,
+                timeout=float(os.environ.get("EACH", 150)),
+            )  # fmt: skip
+            out, error = done.stdout, done.stderr
+        except subprocess.TimeoutExpired:
+            out, error = "", "took too long"
+        kept = [line for line in out.splitlines() if line.startswith(("ROW", "PROFILE", "  ", "saved"))]
+        lines += kept or [f"MISSING {name}: {error.strip()[-int(os.environ.get('TRACE', 200)) :]}"]
+        print("\n".join(kept or lines[-1:]), f"[{name}, {time.time() - tick:.0f} s]", flush=True)
+    return lines
+
+
+def missing_peers() -> list[str]:
+    return [name for name in ("peft", "liger_kernel", "unsloth") if importlib.util.find_spec(name) is None]
+
+
+def main() -> None:
+    names = sys.argv[1:]
+    if names[:1] == ["one"]:
+        ROWS[names[1]]()
+        return
+    run_rows(names if names != ["all"] else list(ROWS))
+
+
+if __name__ == "__main__":
+    main()

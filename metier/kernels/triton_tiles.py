@@ -1,0 +1,263 @@
+"""Triton kernels that go over tiles: residual + low-rank part, rotary positions, cross-entropy. CUDA only.
+
+Each equals its namesake in `metier.kernels.reference`. The adapter's part B A x is added here, where its sum is
+read anyway, and not by a product of its own that reads and writes the whole output once more.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+
+from metier.kernels.reference import Heads, Rotation
+
+MAX_FUSED_RANK = 128
+
+
+@triton.jit
+def _add_low_rank(residual, y, low, up, out, num_rows, num_cols, rank, HAS_LOW: tl.constexpr,
+                  PRECISION: tl.constexpr, BR: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr):  # fmt: skip
+    rows = (tl.program_id(0) * BM + tl.arange(0, BM)).to(tl.int64)
+    cols = tl.program_id(1) * BN + tl.arange(0, BN)
+    row_mask, col_mask = rows < num_rows, cols < num_cols
+    mask = row_mask[:, None] & col_mask[None, :]
+    at = rows[:, None] * num_cols + cols[None, :]
+    total = tl.load(residual + at, mask, other=0.0).to(tl.float32) + tl.load(y + at, mask, other=0.0).to(tl.float32)
+    if HAS_LOW:
+        ranks = tl.arange(0, BR)
+        low_block = tl.load(low + rows[:, None] * rank + ranks[None, :],
+                            row_mask[:, None] & (ranks < rank)[None, :], other=0.0)  # fmt: skip
+        up_block = tl.load(up + cols[None, :] * rank + ranks[:, None],
+                           col_mask[None, :] & (ranks < rank)[:, None], other=0.0)  # fmt: skip
+        total = tl.dot(low_block, up_block, total, input_precision=PRECISION)
+    tl.store(out + at, total.to(out.dtype.element_ty), mask)
+
+
+def add_low_rank(
+    residual: torch.Tensor, y: torch.Tensor, low: torch.Tensor | None, up: torch.Tensor | None
+) -> torch.Tensor:
+    num_rows, num_cols = y.shape
+    rank = up.shape[1] if up is not None else 0
+    if low is not None and up is not None and rank > MAX_FUSED_RANK:
+        y, low, rank = torch.addmm(y, low, up.T), None, 0
+    out = torch.empty_like(y)
+    _add_low_rank[(triton.cdiv(num_rows, 64), triton.cdiv(num_cols, 128))](
+        residual, y, y if low is None else low, y if low is None else up, out, num_rows, num_cols, rank,
+        HAS_LOW=low is not None, PRECISION=_precision(y), BR=max(16, triton.next_power_of_2(rank)), BM=64, BN=128,
+        num_warps=4,
+    )  # fmt: skip
+    return out
+
+
+def _precision(x: torch.Tensor) -> str:
+    return "ieee" if x.dtype == torch.float32 else "tf32"
+
+
+@triton.jit
+def _half_head(qkv, low, up, bias, rows, cols, row_mask, col_mask, num_cols, rank, num_low, segment,
+               HAS_LOW: tl.constexpr, HAS_BIAS: tl.constexpr, PRECISION: tl.constexpr, BR: tl.constexpr):  # fmt: skip
+    """Half a head's columns of qkv + low-rank part + bias, fp32."""
+    mask = row_mask[:, None] & col_mask[None, :]
+    value = tl.load(qkv + rows[:, None] * num_cols + cols[None, :], mask, other=0.0).to(tl.float32)
+    if HAS_LOW:
+        ranks = tl.arange(0, BR)
+        low_block = tl.load(low + rows[:, None] * num_low + segment * rank + ranks[None, :],
+                            row_mask[:, None] & (ranks < rank)[None, :], other=0.0)  # fmt: skip
+        up_block = tl.load(up + cols[None, :] * rank + ranks[:, None],
+                           col_mask[None, :] & (ranks < rank)[:, None], other=0.0)  # fmt: skip
+        value = tl.dot(low_block, up_block, value, input_precision=PRECISION)
+    if HAS_BIAS:
+        value += tl.load(bias + cols, col_mask, other=0.0).to(tl.float32)[None, :]
+    return value
+
+
+@triton.jit
+def _rotate(qkv, low, up, bias, cos, sin, q_norm, k_norm, out, num_rows, num_cols, rank, num_low, num_q, num_kv, eps,
+            HALF: tl.constexpr, HAS_LOW: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_NORM: tl.constexpr,
+            PRECISION: tl.constexpr, BR: tl.constexpr, BM: tl.constexpr, BH: tl.constexpr):  # fmt: skip
+    head = tl.program_id(0)
+    rows = (tl.program_id(1) * BM + tl.arange(0, BM)).to(tl.int64)
+    row_mask = rows < num_rows
+    at = tl.arange(0, BH)
+    col_mask = at < HALF
+    segment = (head >= num_q).to(tl.int32) + (head >= num_q + num_kv).to(tl.int32)
+    cols = head * (2 * HALF) + at
+    first = _half_head(qkv, low, up, bias, rows, cols, row_mask, col_mask, num_cols, rank, num_low, segment,
+                       HAS_LOW, HAS_BIAS, PRECISION, BR)  # fmt: skip
+    second = _half_head(qkv, low, up, bias, rows, cols + HALF, row_mask, col_mask, num_cols, rank, num_low, segment,
+                        HAS_LOW, HAS_BIAS, PRECISION, BR)  # fmt: skip
+    mask = row_mask[:, None] & col_mask[None, :]
+    if segment < 2:
+        if HAS_NORM:
+            norm = q_norm if segment == 0 else k_norm
+            rstd = tl.rsqrt((tl.sum(first * first, 1) + tl.sum(second * second, 1)) / (2 * HALF) + eps)[:, None]
+            first = first * rstd * tl.load(norm + at, col_mask, other=0.0).to(tl.float32)[None, :]
+            second = second * rstd * tl.load(norm + HALF + at, col_mask, other=0.0).to(tl.float32)[None, :]
+        c = tl.load(cos + rows[:, None] * HALF + at[None, :], mask, other=0.0)
+        s = tl.load(sin + rows[:, None] * HALF + at[None, :], mask, other=0.0)
+        turned = first * c - second * s
+        second = second * c + first * s
+        first = turned
+    target = out + rows[:, None] * num_cols + cols[None, :]
+    tl.store(target, first.to(out.dtype.element_ty), mask)
+    tl.store(target + HALF, second.to(out.dtype.element_ty), mask)
+
+
+@triton.jit
+def _rotate_backward(dq, dk, dv, qkv, low, up, bias, cos, sin, q_norm, k_norm, out,
+                     factor, largest, num_rows, num_cols, rank, num_low, num_q, num_kv, eps, FIND_LARGEST: tl.constexpr,
+                     HALF: tl.constexpr, HAS_LOW: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_NORM: tl.constexpr,
+                     PRECISION: tl.constexpr, BR: tl.constexpr, BM: tl.constexpr, BH: tl.constexpr):  # fmt: skip
+    head = tl.program_id(0)
+    rows = (tl.program_id(1) * BM + tl.arange(0, BM)).to(tl.int64)
+    row_mask = rows < num_rows
+    at = tl.arange(0, BH)
+    col_mask = at < HALF
+    mask = row_mask[:, None] & col_mask[None, :]
+    segment = (head >= num_q).to(tl.int32) + (head >= num_q + num_kv).to(tl.int32)
+    cols = head * (2 * HALF) + at
+    source = dq
+    heads = num_q
+    inner = head
+    if segment == 1:
+        source = dk
+        heads = num_kv
+        inner = head - num_q
+    if segment == 2:
+        source = dv
+        heads = num_kv
+        inner = head - num_q - num_kv
+    grad_at = source + (rows[:, None] * heads + inner) * (2 * HALF) + at[None, :]
+    first = tl.load(grad_at, mask, other=0.0).to(tl.float32)
+    second = tl.load(grad_at + HALF, mask, other=0.0).to(tl.float32)
+    if segment < 2:
+        c = tl.load(cos + rows[:, None] * HALF + at[None, :], mask, other=0.0)
+        s = tl.load(sin + rows[:, None] * HALF + at[None, :], mask, other=0.0)
+        turned = first * c + second * s
+        second = second * c - first * s
+        first = turned
+        if HAS_NORM:
+            norm = q_norm if segment == 0 else k_norm
+            raw1 = _half_head(qkv, low, up, bias, rows, cols, row_mask, col_mask, num_cols, rank, num_low, segment,
+                              HAS_LOW, HAS_BIAS, PRECISION, BR)  # fmt: skip
+            raw2 = _half_head(qkv, low, up, bias, rows, cols + HALF, row_mask, col_mask, num_cols, rank, num_low,
+                              segment, HAS_LOW, HAS_BIAS, PRECISION, BR)  # fmt: skip
+            rstd = tl.rsqrt((tl.sum(raw1 * raw1, 1) + tl.sum(raw2 * raw2, 1)) / (2 * HALF) + eps)[:, None]
+            raw1, raw2 = raw1 * rstd, raw2 * rstd
+            first = first * tl.load(norm + at, col_mask, other=0.0).to(tl.float32)[None, :]
+            second = second * tl.load(norm + HALF + at, col_mask, other=0.0).to(tl.float32)[None, :]
+            mean = ((tl.sum(first * raw1, 1) + tl.sum(second * raw2, 1)) / (2 * HALF))[:, None]
+            first = rstd * (first - raw1 * mean)
+            second = rstd * (second - raw2 * mean)
+    target = out + rows[:, None] * num_cols + cols[None, :]
+    dtype: tl.constexpr = out.dtype.element_ty
+    tl.store(target, first.to(dtype), mask)
+    tl.store(target + HALF, second.to(dtype), mask)
+    if FIND_LARGEST:
+        first = tl.abs(first.to(dtype).to(tl.float32) * tl.load(factor + cols, col_mask, other=0.0)[None, :])
+        second = tl.abs(second.to(dtype).to(tl.float32) * tl.load(factor + cols + HALF, col_mask, other=0.0)[None, :])
+        tl.atomic_max(largest + rows, tl.max(tl.maximum(first, second), 1), row_mask)
+
+
+def rotate(
+    qkv: torch.Tensor, low: torch.Tensor | None, up: torch.Tensor | None, heads: Heads, rotation: Rotation
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    # In place, unless the backward pass wants the product as it was.
+    out = qkv if rotation.q_norm is None else torch.empty_like(qkv)
+    qkv, low, up = _narrow(qkv, low, up, heads)
+    _launch(_rotate, (), (qkv, low, up), (out,), heads, rotation)
+    q, k, v = out.tensor_split(list(heads.ends[:2]), dim=1)
+    return tuple(part.view(part.shape[0], -1, heads.size) for part in (q, k, v))  # type: ignore[return-value]
+
+
+def rotate_backward(
+    grads: tuple[torch.Tensor, torch.Tensor, torch.Tensor],
+    qkv: torch.Tensor | None,
+    low: torch.Tensor | None,
+    up: torch.Tensor | None,
+    heads: Heads,
+    rotation: Rotation,
+    factor: torch.Tensor | None = None,
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    dq, dk, dv = (g.contiguous() for g in grads)
+    out = torch.empty(dq.shape[0], heads.ends[2], device=dq.device, dtype=dq.dtype)
+    if rotation.q_norm is None or qkv is None:
+        qkv, low, up = dq, None, None
+        rotation = rotation._replace(bias=None)
+    else:
+        qkv, low, up = _narrow(qkv, low, up, heads)
+    largest = torch.zeros(out.shape[0], device=out.device) if factor is not None else None
+    _launch(_rotate_backward, (dq, dk, dv), (qkv, low, up), (out, factor, largest), heads, rotation)
+    return out, largest
+
+
+def _narrow(
+    qkv: torch.Tensor, low: torch.Tensor | None, up: torch.Tensor | None, heads: Heads
+) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
+    """Adds a low-rank part that is too wide for the kernels' registers by products of its own."""
+    if low is None or up is None or up.shape[1] <= MAX_FUSED_RANK:
+        return qkv, low, up
+    rank, starts = up.shape[1], (0, *heads.ends[:2])
+    for j, (a, b) in enumerate(zip(starts, heads.ends, strict=True)):
+        qkv[:, a:b] += low[:, j * rank : (j + 1) * rank] @ up[a:b].T
+    return qkv, None, None
+
+
+def _launch(
+    kernel: object,
+    grads: tuple[torch.Tensor, ...],
+    product: tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None],
+    outs: tuple[torch.Tensor | None, ...],
+    heads: Heads,
+    rotation: Rotation,
+) -> None:
+    qkv, low, up = product
+    out, *extra = outs
+    assert out is not None
+    options = {"FIND_LARGEST": extra[1] is not None} if extra else {}
+    rank = up.shape[1] if up is not None else 0
+    half = heads.size // 2
+    grid = (heads.num_q + 2 * heads.num_kv, triton.cdiv(out.shape[0], 64))
+    kernel[grid](  # type: ignore[index]
+        *grads, qkv, out if low is None else low, out if up is None else up,
+        out if rotation.bias is None else rotation.bias, rotation.cos, rotation.sin,
+        out if rotation.q_norm is None else rotation.q_norm, out if rotation.k_norm is None else rotation.k_norm, out,
+        *(out if e is None else e for e in extra), out.shape[0], out.shape[1], rank, 3 * rank, heads.num_q, heads.num_kv, rotation.eps,
+        HALF=half, HAS_LOW=low is not None, HAS_BIAS=rotation.bias is not None, HAS_NORM=rotation.q_norm is not None,
+        PRECISION=_precision(out), BR=max(16, triton.next_power_of_2(rank)), BM=64,
+        BH=max(16, triton.next_power_of_2(half)), num_warps=4, **options,
+    )  # fmt: skip
+
+
+@triton.jit
+def _cross_entropy(logits, targets, losses, num_cols, BN: tl.constexpr):
+    row = tl.program_id(0).to(tl.int64)
+    at = logits + row * num_cols
+    peak = tl.full([BN], -float("inf"), tl.float32)
+    total = tl.zeros([BN], tl.float32)
+    for start in range(0, num_cols, BN):
+        cols = start + tl.arange(0, BN)
+        z = tl.load(at + cols, cols < num_cols, other=-float("inf")).to(tl.float32)
+        higher = tl.maximum(peak, z)
+        safe = tl.where(higher == -float("inf"), 0.0, higher)
+        total = total * tl.exp(peak - safe) + tl.exp(z - safe)
+        peak = higher
+    top = tl.max(peak, 0)
+    log_sum = top + tl.log(tl.sum(total * tl.exp(peak - top), 0))
+    target = tl.load(targets + row)
+    counts = (target >= 0).to(tl.float32)
+    tl.store(losses + row, counts * (log_sum - tl.load(at + tl.maximum(target, 0)).to(tl.float32)))
+    tl.debug_barrier()
+    for start in range(0, num_cols, BN):
+        cols = start + tl.arange(0, BN)
+        z = tl.load(at + cols, cols < num_cols, other=-float("inf")).to(tl.float32)
+        p = counts * (tl.exp(z - log_sum) - tl.where(cols == target, 1.0, 0.0))
+        tl.store(at + cols, p.to(logits.dtype.element_ty), cols < num_cols)
+
+
+def cross_entropy_rows(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    losses = torch.empty(logits.shape[0], device=logits.device, dtype=torch.float32)
+    if logits.shape[0]:
+        _cross_entropy[(logits.shape[0],)](logits, targets, losses, logits.shape[1], BN=4096, num_warps=8)
+    return losses

@@ -1,0 +1,145 @@
+"""A pass as one CUDA graph: where launching kernels takes longer than running them, that is, small models and short steps.
+
+A graph wants fixed sizes. So a pass is padded to a bucket: tokens to at most an eighth more, supervised positions to an
+eighth, a quarter, half or all of the tokens, documents to a power of two. Padding tokens are documents of their own and
+carry no loss, so that nothing of a record changes. A bucket is recorded when it is first met (about a second) and replayed
+from then on; all share one memory pool.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import torch
+
+from metier.kernels.attention import Documents
+
+MAX_GRAPHS = 48
+# Below this many (tokens x weights of a layer) a layer's kernels are shorter than their launches (H100, one host thread).
+MAX_WORK = 5e11
+
+
+class Pass(Protocol):
+    """What is recorded: the summed loss of a pass, and the parameters that its gradients go to."""
+
+    def loss_of(
+        self, input_ids: torch.Tensor, position_ids: torch.Tensor, documents: Documents,
+        positions: torch.Tensor, targets: torch.Tensor,
+    ) -> torch.Tensor: ...  # fmt: skip
+
+
+@dataclass
+class _Recorded:
+    graph: torch.cuda.CUDAGraph
+    buffers: dict[str, torch.Tensor]
+    loss: torch.Tensor
+
+
+@dataclass
+class GraphedPasses:
+    """Replays `run`'s forward and backward; gradients are added to `parameters`' `.grad`."""
+
+    run: Pass
+    parameters: list[torch.nn.Parameter]
+    recorded: dict[tuple[int, ...], _Recorded] = field(default_factory=dict)
+    grads: list[torch.Tensor] = field(default_factory=list)
+    max_seqlen: int = 128
+    num_documents: int = 8
+    pool: Any = None
+
+    def accumulate(self, batch: Any, weight: torch.Tensor) -> torch.Tensor | None:
+        """The pass's loss, its gradient times `weight` added; None when there are too many buckets already."""
+        lengths = self._padded(batch.lengths)
+        num_tokens, num_loss = sum(lengths), batch.loss_targets.shape[0]
+        num_positions = next(
+            n for n in (num_tokens // 8, num_tokens // 4, num_tokens // 2, num_tokens) if n >= num_loss
+        )
+        key = (num_tokens, num_positions, self.num_documents, self.max_seqlen)
+        if key not in self.recorded and len(self.recorded) >= MAX_GRAPHS:
+            return None
+        inputs = _padded_inputs(batch, lengths, num_positions, self.num_documents)
+        inputs["weight"] = weight
+        self._attach_grads()
+        if key not in self.recorded:
+            self.recorded[key] = self._record(inputs)
+        found = self.recorded[key]
+        for name, value in inputs.items():
+            found.buffers[name].copy_(value, non_blocking=True)
+        found.graph.replay()
+        return found.loss.clone()
+
+    def _padded(self, lengths: tuple[int, ...]) -> list[int]:
+        """`lengths` and the padding's, to a whole bucket; the limits on documents grow and never shrink."""
+        total = sum(lengths)
+        grain = max(128, 1 << max(0, total.bit_length() - 4))
+        self.max_seqlen = max(self.max_seqlen, 1 << (max(lengths) - 1).bit_length())
+        padded, rest = list(lengths), -total % grain
+        while rest > 0:
+            padded.append(min(rest, self.max_seqlen))
+            rest -= padded[-1]
+        self.num_documents = max(self.num_documents, 1 << (len(padded) - 1).bit_length())
+        return padded
+
+    def _attach_grads(self) -> None:
+        """The graphs write to the same gradients each time; a step that cleared them gets them back, zeroed."""
+        if not self.grads:
+            self.grads = [torch.zeros_like(p) for p in self.parameters]
+        if all(p.grad is g for p, g in zip(self.parameters, self.grads, strict=True)):
+            return
+        others = [p.grad for p in self.parameters]
+        torch._foreach_zero_(self.grads)
+        for parameter, grad, other in zip(self.parameters, self.grads, others, strict=True):
+            if other is not None:
+                grad.copy_(other)
+            parameter.grad = grad
+
+    def _record(self, inputs: dict[str, torch.Tensor]) -> _Recorded:
+        buffers = {name: value.clone() for name, value in inputs.items()}
+        documents = Documents(buffers["cu_seqlens"], self.max_seqlen, None, None)
+
+        def once() -> torch.Tensor:
+            loss = self.run.loss_of(
+                buffers["input_ids"], buffers["position_ids"], documents, buffers["positions"], buffers["targets"]
+            )
+            torch.autograd.backward(loss * buffers["weight"])
+            return loss.detach()
+
+        kept = [grad.clone() for grad in self.grads]
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        graph = torch.cuda.CUDAGraph()
+        try:
+            with torch.cuda.stream(stream):
+                once()  # compiles what is to be compiled, and lets libraries make their workspaces
+            torch.cuda.current_stream().wait_stream(stream)
+            if self.pool is None:
+                self.pool = torch.cuda.graph_pool_handle()
+            with torch.cuda.graph(graph, pool=self.pool, stream=stream):
+                loss = once()
+        except torch.OutOfMemoryError:
+            self.recorded.clear()
+            self.pool = None
+            raise
+        torch._foreach_copy_(self.grads, kept)
+        return _Recorded(graph, buffers, loss)
+
+
+def _padded_inputs(batch: Any, lengths: list[int], num_positions: int, num_documents: int) -> dict[str, torch.Tensor]:
+    """The batch's tensors at the bucket's sizes. Positions that carry no loss have the target -100."""
+    device = batch.input_ids.device
+    num_tokens, own = sum(lengths), batch.input_ids.shape[1]
+    starts = torch.tensor([0, *lengths]).cumsum(0)
+    cu_seqlens = torch.full((num_documents + 1,), num_tokens, dtype=torch.int32)
+    cu_seqlens[: len(starts)] = starts
+    padding = lengths[len(batch.lengths) :]
+    tail = torch.cat([torch.arange(n) for n in padding]) if padding else torch.zeros(0, dtype=torch.int64)
+    pad = num_positions - batch.loss_targets.shape[0]
+    functional = torch.nn.functional
+    return {
+        "input_ids": functional.pad(batch.input_ids, (0, num_tokens - own)),
+        "position_ids": torch.cat([batch.position_ids, tail.to(device)[None]], 1),
+        "positions": functional.pad(batch.loss_positions, (0, pad)),
+        "targets": functional.pad(batch.loss_targets, (0, pad), value=-100),
+        "cu_seqlens": cu_seqlens.to(device, non_blocking=True),
+    }

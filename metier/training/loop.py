@@ -1,0 +1,249 @@
+"""A run in progress: step after step, with what is logged, validated, saved and stepped back from on the way.
+
+What a step does is a function of the seed and the step's number; the state between steps is in the
+checkpoints. A step whose loss or gradient is not finite leaves no trace in the weights: it is skipped, counted and
+said; three in a row end the run. A step that runs out of memory is done again from its start in smaller passes.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+import torch
+
+from metier.errors import RunError
+from metier.model.chat import Rendered
+from metier.model.fused import fuse
+from metier.model.load import Base
+from metier.model.lora import Adapter
+from metier.model.recompute import can_recompute, set_recompute
+from metier.recipe import TrainConfig
+from metier.training import ranks
+from metier.training.checkpoint import Progress, load_checkpoint, save_checkpoint
+from metier.training.pack import PackedBatch, pack_batches
+from metier.training.schedule import Plan, learning_rate_at, records_of_step, seed_of
+from metier.training.step import StepResult, mean_loss, train_step
+from metier.training.stop import StopRequest
+from metier.training.track import Metrics
+
+
+class Report(Protocol):
+    """Where the loop tells how far it is: `done` of `total` steps, with the numbers of the step."""
+
+    def __call__(self, what: str, done: int, total: int, **numbers: float) -> None: ...
+
+
+@dataclass
+class Trainer:
+    """A run in progress: the model, what it trains on, and where it stands.
+
+    `val_batches` are this rank's part of the val split.
+    """
+
+    base: Base
+    adapter: Adapter
+    config: TrainConfig
+    plan: Plan
+    seed: int
+    train_records: Sequence[Rendered]
+    val_batches: Sequence[PackedBatch]
+    folder: Path
+    say: Callable[[str], None]
+
+    def __post_init__(self) -> None:
+        self.progress = Progress(micro_batch_tokens=self.plan.micro_batch_tokens, recompute=self.plan.recompute)
+        self.best: dict[str, torch.Tensor] = self.adapter.tensors()
+        self.optimizer = torch.optim.AdamW(
+            list(self.adapter.parameters.values()), lr=self.plan.peak_learning_rate,
+            weight_decay=self.config.weight_decay, fused=True,
+        )  # fmt: skip
+        self.model = fuse(self.base.model, self.adapter) or self.base.model
+        self.has_val = ranks.totals(len(self.val_batches))[0] > 0
+        is_fp16 = self.base.dtype == torch.float16
+        self.scaler = torch.amp.GradScaler(self.base.device.type, enabled=is_fp16)
+
+    def step(self) -> StepResult:
+        """The next optimizer step; afterwards `progress` counts it."""
+        try:
+            result = self._attempt()
+        except (RuntimeError, MemoryError) as error:
+            if not is_out_of_memory(error):
+                raise
+            reason = str(error).splitlines()[0]
+            # The frames of the failed pass hold its activations.
+            error.__traceback__ = None
+        else:
+            return self._counted(result)
+        self._step_back(reason)
+        return self.step()
+
+    def _attempt(self) -> StepResult:
+        number = self.progress.step
+        chosen = [self.train_records[i] for i in records_of_step(self.plan, self.seed, number)]
+        mine = ranks.share(chosen, [record.num_tokens for record in chosen])
+        batches = pack_batches(mine, self.progress.micro_batch_tokens, self.config.micro_batch_size)
+        torch.manual_seed(seed_of("dropout", self.seed, number, *([ranks.rank()] if ranks.rank() else [])))
+        return train_step(
+            self.model,
+            self.optimizer,
+            [batch.to(self.base.device) for batch in batches],
+            learning_rate=self.learning_rate,
+            max_grad_norm=self.config.max_grad_norm,
+            scaler=self.scaler,
+        )
+
+    def _counted(self, result: StepResult) -> StepResult:
+        number = self.progress.step
+        self.progress.step += 1
+        self.progress.num_tokens += result.num_tokens
+        self.progress.num_loss_tokens += result.num_loss_tokens
+        self.progress.num_skipped += result.is_skipped
+        self.progress.skipped_in_a_row = self.progress.skipped_in_a_row + 1 if result.is_skipped else 0
+        # fp16's loss scaler finds its scale by skipping; elsewhere three in a row mean a diverged run.
+        if self.progress.skipped_in_a_row >= 3 and not self.scaler.is_enabled():
+            raise RunError(
+                f"the loss or its gradient was not finite in steps {number - 1} to {number + 1}; the weights are whole",
+                hint="lower `train.learning_rate`; nothing of these steps reached the adapter or a checkpoint",
+            )
+        return result
+
+    def _step_back(self, reason: str) -> None:
+        """After running out of memory: half the tokens a pass, then recomputation, then a sentence.
+
+        Weights, optimizer and step are as they were, and a step's records stay the same: the step is only cut
+        into more passes.
+        """
+        progress = self.progress
+        self.optimizer.zero_grad(set_to_none=True)
+        if self.base.device.type == "cuda":
+            torch.cuda.empty_cache()
+        if ranks.size() > 1:
+            raise RunError(
+                f"rank {ranks.rank()} ran out of memory in step {progress.step + 1} ({reason})",
+                hint=f"set `train.micro_batch_tokens` to {max(1, progress.micro_batch_tokens // 2)} or "
+                "`train.recompute: full`, and start again: the run goes on from its last checkpoint",
+            )
+        chosen = records_of_step(self.plan, self.seed, progress.step)
+        longest = max(self.train_records[i].num_tokens for i in chosen)
+        if not progress.step_backs and progress.micro_batch_tokens > longest:
+            progress.micro_batch_tokens = max(longest, progress.micro_batch_tokens // 2)
+            remedy = f"passes of {progress.micro_batch_tokens} tokens"
+        elif progress.recompute != "full" and can_recompute(self.model):
+            progress.recompute = "full"
+            set_recompute(self.model, "full")
+            remedy = "activations are recomputed"
+        else:
+            raise RunError(
+                f"out of memory in step {progress.step + 1}, with passes of {progress.micro_batch_tokens} tokens and "
+                f"recomputation: {progress.recompute} ({reason})",
+                hint="`metier plan` says what fits: a smaller base, fewer bits (`train.precision`), or shorter records "
+                "(`train.max_seq_len`); the last checkpoint is intact",
+            )
+        progress.step_backs.append({"step": progress.step + 1, "remedy": remedy})
+        self.say(f"step {progress.step + 1}: out of memory; {remedy}, and the step is done again from its start")
+
+    @property
+    def learning_rate(self) -> float:
+        return learning_rate_at(
+            min(self.progress.step, self.plan.total_steps - 1), self.plan.total_steps,
+            peak=self.plan.peak_learning_rate, minimum=self.config.min_learning_rate,
+            warmup_steps=self.plan.warmup_steps,
+        )  # fmt: skip
+
+    def validate(self) -> float | None:
+        """Loss on the val split, if there is one; keeps the adapter when it is the best so far."""
+        val_loss = mean_loss(self.model, self.val_batches) if self.has_val else None
+        best = self.progress.best_val_loss
+        if val_loss is not None and not math.isfinite(val_loss):
+            self.say(f"step {self.progress.step}: the loss on the val split is not finite; this adapter is not kept")
+            return None
+        if val_loss is None or best is None or val_loss < best:
+            self.best = self.adapter.tensors()
+            self.progress.best_val_loss, self.progress.best_step = val_loss, self.progress.step
+        return val_loss
+
+    def save(self) -> None:
+        """A checkpoint of now, written by rank 0."""
+        if ranks.rank():
+            return
+        tensors = {f"adapter/{k}": v for k, v in self.adapter.tensors().items()}
+        tensors |= {f"best/{k}": v for k, v in self.best.items()}
+        for name, parameter in self.adapter.parameters.items():
+            for key, value in self.optimizer.state.get(parameter, {}).items():
+                tensors[f"optimizer/{key}/{name}"] = value.detach().cpu()
+        save_checkpoint(self.folder, self.progress, tensors, {"scaler": self.scaler.state_dict()})
+
+    def resume(self) -> bool:
+        """Continues from the newest whole checkpoint, if there is one."""
+        found = ranks.from_first(load_checkpoint(self.folder, self.say) if not ranks.rank() else None)
+        if found is None:
+            return False
+        self.progress, tensors, extra = found
+        self.adapter.load({k.removeprefix("adapter/"): v for k, v in tensors.items() if k.startswith("adapter/")})
+        self.best = {k.removeprefix("best/"): v for k, v in tensors.items() if k.startswith("best/")}
+        for name, parameter in self.adapter.parameters.items():
+            state = {}
+            for key in ("step", "exp_avg", "exp_avg_sq"):
+                if f"optimizer/{key}/{name}" in tensors:
+                    state[key] = tensors[f"optimizer/{key}/{name}"].to(parameter.device)
+            if state:
+                self.optimizer.state[parameter] = state
+        if extra["scaler"]:
+            self.scaler.load_state_dict(extra["scaler"])
+        set_recompute(self.model, self.progress.recompute)
+        return True
+
+    def loop(self, report: Report, metrics: Metrics | None, stop: StopRequest) -> bool:
+        """Steps until the plan is done or `stop` is asked for: logs (on rank 0), validates and saves on the way.
+
+        Returns whether it was stopped, which may be after the last step.
+        """
+        plan, config, progress = self.plan, self.config, self.progress
+        log = metrics.log if metrics else _log_nothing
+        before = progress.seconds
+        started = time.perf_counter()
+        self.base.model.train()
+        set_recompute(self.model, progress.recompute)
+        while progress.step < plan.total_steps:
+            learning_rate, tick = self.learning_rate, time.perf_counter()
+            result = self.step()
+            seconds = time.perf_counter() - tick
+            progress.seconds = before + time.perf_counter() - started
+            is_last = progress.step == plan.total_steps
+            numbers: dict[str, float] = {
+                "loss": result.loss, "learning_rate": learning_rate, "grad_norm": result.grad_norm,
+                "tok_per_sec": result.num_tokens / seconds, "num_tokens": result.num_tokens,
+                "num_loss_tokens": result.num_loss_tokens,
+            }  # fmt: skip
+            if result.is_skipped:
+                self.say(f"step {progress.step}: loss or gradient not finite; the step is skipped")
+                progress.metrics_bytes = log(step=progress.step, learning_rate=learning_rate, skipped=1)
+            elif progress.step % config.log_every == 0 or progress.step == 1 or is_last:
+                progress.metrics_bytes = log(step=progress.step, **numbers)
+            if progress.step % plan.eval_every == 0 or is_last:
+                val_loss = self.validate()
+                if val_loss is not None:
+                    numbers["val_loss"] = val_loss
+                    progress.metrics_bytes = log(step=progress.step, val_loss=val_loss)
+            report("training", progress.step, plan.total_steps, **numbers)
+            # Read once: a later signal is for the next step to see. A signal to one rank stops them all.
+            is_stopping = ranks.totals(stop.signal_number is not None)[0] > 0
+            if progress.step % config.save_every == 0 or is_last or is_stopping:
+                self.save()
+            if is_stopping:
+                return True
+        return False
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether a GPU's or the host's memory ran out: torch raises a plain RuntimeError for the latter."""
+    return isinstance(error, torch.OutOfMemoryError | MemoryError) or "can't allocate memory" in str(error)
+
+
+def _log_nothing(**values: float) -> int:
+    return 0

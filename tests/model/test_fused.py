@@ -1,0 +1,123 @@
+"""Tries to make the fused path differ from transformers with plain LoRA layers, in loss or in any gradient."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+from metier.model.fused import FusedModel, Recompute, fuse, is_fused_architecture
+from metier.model.lora import Adapter, attach
+from metier.recipe import AdapterConfig
+from metier.training.pack import PackedBatch, pack_batches
+from metier.training.step import loss_sum
+from tests.model.test_lora import randomised
+from tests.model.tiny import KINDS, Kind, tiny_model
+from tests.training.test_pack import random_records
+
+
+def with_adapter(kind: Kind, dtype: torch.dtype, **settings: Any) -> tuple[Any, Adapter]:
+    model = tiny_model(kind)[0].to(dtype)
+    adapter = randomised(attach(model, AdapterConfig(**{"rank": 4, "alpha": 8, **settings}), seed=0))
+    for layer in adapter.layers.values():
+        layer.lora_a.data, layer.lora_b.data = layer.lora_a.data.to(dtype), layer.lora_b.data.to(dtype)
+    return model, adapter
+
+
+def batch_for(model: Any) -> PackedBatch:
+    (batch,) = pack_batches(random_records(7, model.config.vocab_size), 10_000, 99)
+    return batch
+
+
+def gradients(model: Any, adapter: Adapter, batch: PackedBatch) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    for parameter in adapter.parameters.values():
+        parameter.grad = None
+    loss = loss_sum(model, batch)
+    torch.autograd.backward(loss)
+    grads = {}
+    for name, parameter in adapter.parameters.items():
+        assert parameter.grad is not None, name
+        grads[name] = parameter.grad.clone()
+    return loss.detach(), grads
+
+
+def fused_of(model: Any, adapter: Adapter, recompute: Recompute = "none") -> FusedModel:
+    fused = fuse(model, adapter, recompute=recompute)
+    assert fused is not None
+    return fused
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(
+    "settings",
+    [{}, {"rank": 1, "alpha": 2, "use_rslora": True}, {"target_modules": ["q_proj", "v_proj"]}, {"target_modules": ["down_proj"]},
+     {"target_modules": ["model.layers.1.mlp.up_proj", "model.layers.0.self_attn.o_proj"]}],
+    ids=str,
+)  # fmt: skip
+def test_loss_and_every_gradient_equal_transformers_in_float64(kind: Kind, settings: dict[str, Any]) -> None:
+    model, adapter = with_adapter(kind, torch.float64, **settings)
+    batch = batch_for(model)
+    want, want_grads = gradients(model, adapter, batch)
+    got, got_grads = gradients(fused_of(model, adapter), adapter, batch)
+    # transformers rounds norms and the loss to fp32, whatever the model's dtype.
+    assert abs(float(got - want)) <= 1e-6 * float(want)
+    for name, grad in want_grads.items():
+        assert grad.norm() > 0
+        assert (got_grads[name] - grad).norm() <= 1e-4 * grad.norm(), name
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_fp32_is_equal_to_rounding(kind: Kind) -> None:
+    model, adapter = with_adapter(kind, torch.float32, rank=16)
+    batch = batch_for(model)
+    want, want_grads = gradients(model, adapter, batch)
+    got, got_grads = gradients(fused_of(model, adapter), adapter, batch)
+    assert abs(float(got - want)) <= 1e-5 * float(want)
+    for name, grad in want_grads.items():
+        assert (got_grads[name] - grad).norm() <= 5e-5 * grad.norm(), name
+
+
+@pytest.mark.parametrize("recompute", ["mlp", "layer"])
+def test_recomputing_changes_no_bit(recompute: Recompute) -> None:
+    model, adapter = with_adapter("qwen3", torch.float32)
+    batch = batch_for(model)
+    fused = fused_of(model, adapter)
+    want, want_grads = gradients(fused, adapter, batch)
+    fused.recompute = recompute
+    got, got_grads = gradients(fused, adapter, batch)
+    assert torch.equal(got, want)
+    for name, grad in want_grads.items():
+        assert torch.equal(got_grads[name], grad), name
+
+
+def test_the_model_itself_generates_as_before_it_was_fused() -> None:
+    model, adapter = with_adapter("llama3", torch.float32)
+    ids = torch.arange(20)[None]
+    before = model(input_ids=ids).logits
+    with adapter.off():
+        alone = model(input_ids=ids).logits
+    fused_of(model, adapter)
+    assert torch.equal(model(input_ids=ids).logits, before)
+    with adapter.off():
+        assert torch.equal(model(input_ids=ids).logits, alone)
+
+
+def test_a_document_is_not_changed_by_its_neighbours() -> None:
+    model, adapter = with_adapter("smollm2", torch.float32)
+    records = random_records(5, model.config.vocab_size)
+    fused = fused_of(model, adapter)
+    with torch.no_grad():
+        together = float(loss_sum(fused, pack_batches(records, 10_000, 99)[0]))
+        apart = sum(float(loss_sum(fused, pack_batches([r], 10_000, 99)[0])) for r in records)
+    assert together == pytest.approx(apart, rel=1e-5)
+
+
+def test_what_the_fused_path_does_not_do_takes_the_other() -> None:
+    for settings in ({"dropout": 0.1}, {"bias": "all"}, {"target_modules": ["q_proj", "lm_head"]}):
+        model, adapter = with_adapter("qwen2", torch.float32, **settings)
+        assert fuse(model, adapter) is None
+    config = tiny_model("mistral")[0].config
+    assert is_fused_architecture(config)
+    config.sliding_window = 16
+    assert not is_fused_architecture(config)
