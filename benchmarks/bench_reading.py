@@ -226,7 +226,7 @@ def cleaning() -> str:
     contradictions(cleaned.records, "keep", cleaned)
     seconds = time.process_time() - start
     return (
-        f"100,000 records, one in ten with a zero-width space and a full-width digit, default rules: {seconds:.2f} CPU-s "
+        f"100,000 records, one in ten with a zero-width space and a wide digit, default rules: {seconds:.2f} CPU-s "
         f"({100_000 / seconds:,.0f} records/CPU-s); {len(cleaned.found['control']):,} changed."
     )
 
