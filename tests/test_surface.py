@@ -31,6 +31,7 @@ RECIPE_KEYS = """
     train.weight_decay train.max_grad_norm train.precision train.device train.log_every train.eval_every
     train.save_every train.report_to
     evaluate.tasks evaluate.max_items evaluate.max_new_tokens evaluate.bootstrap_samples
+    serve.redact serve.notice serve.refuse
 """
 
 DECODING = "--max-new-tokens --seed --temperature --top-p"
@@ -44,6 +45,8 @@ COMMANDS = {
     "trace": "runs --subject",
     "forget": "run --subject",
     "generate": f"run --base --prompt --system {DECODING}",
+    "serve": "runs --host --port --api-key-file --guard --max-batch --max-new-tokens --request-seconds --precision "
+    "--device",
     "chat": f"run --base --system {DECODING}",
 }
 

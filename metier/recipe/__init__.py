@@ -16,6 +16,7 @@ from metier.recipe.evaluate import EvaluateConfig
 from metier.recipe.read import load_recipe, parse_recipe
 from metier.recipe.recipe import CLASSIC, Recipe
 from metier.recipe.section import Section
+from metier.recipe.serve import ServeConfig
 from metier.recipe.train import AdapterConfig, TrainConfig
 
 __all__ = [
@@ -29,6 +30,7 @@ __all__ = [
     "EvaluateConfig",
     "Recipe",
     "Section",
+    "ServeConfig",
     "TrainConfig",
     "load_recipe",
     "parse_recipe",

@@ -14,6 +14,7 @@ from metier.recipe.data import DataConfig
 from metier.recipe.dedup import DedupConfig
 from metier.recipe.evaluate import EvaluateConfig
 from metier.recipe.section import Section
+from metier.recipe.serve import ServeConfig
 from metier.recipe.train import AdapterConfig, TrainConfig
 
 
@@ -44,6 +45,7 @@ class Recipe(Section):
     adapter: AdapterConfig = AdapterConfig()
     train: TrainConfig = TrainConfig()
     evaluate: EvaluateConfig = EvaluateConfig()
+    serve: ServeConfig = ServeConfig()
 
     @model_validator(mode="after")
     def _consistent(self) -> Recipe:
