@@ -27,11 +27,15 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
+from metier.data.clean import clean, contradictions
 from metier.data.encodings import detect_encoding, sample_lines
+from metier.data.lines import Row, Source
+from metier.data.records import Record
 from metier.data.sources import find_sources, read_columns, read_rows
 from metier.errors import DataError
-from metier.recipe import DataConfig
+from metier.recipe import CleanConfig, DataConfig
 from tests.data import encoding_cases, hostile_cases
+from tests.data.tiny_xlsx import xlsx
 
 HEAD = "| {} |\n|---|{}"
 MEASURED = HEAD.format("file | MB | CPU-s, columns and rows | rows/CPU-s | peak MB", "---:|" * 4)
@@ -206,7 +210,25 @@ def throughput(folder: Path) -> str:
     for name, raw in files.items():
         (folder / name).write_bytes(raw)
     polars.DataFrame(rows).write_parquet(folder / "table.parquet")
-    return "\n".join([MEASURED, *(_measured(folder / name) for name in [*files, "table.parquet"])])
+    (folder / "book.xlsx").write_bytes(xlsx({"s": [list(rows[0]), *(list(row.values()) for row in rows)]}))
+    return "\n".join([MEASURED, *(_measured(folder / name) for name in [*files, "table.parquet", "book.xlsx"])])
+
+
+def cleaning() -> str:
+    """CPU seconds of every default rule over 100,000 records, and what they change."""
+    records = []
+    for i, row in enumerate(_rows(100_000)):
+        text = row["text"] + ("\u200b\uff11" if i % 10 == 0 else "")
+        messages = [{"role": "user", "content": text}, {"role": "assistant", "content": row["label"]}]
+        records.append(Record(Source(Path("a.csv"), "a.csv", "csv", is_test=False), Row(i + 1), messages, None, text))
+    start = time.process_time()
+    cleaned = clean(records, CleanConfig())
+    contradictions(cleaned.records, "keep", cleaned)
+    seconds = time.process_time() - start
+    return (
+        f"100,000 records, one in ten with a zero-width space and a wide digit, default rules: {seconds:.2f} CPU-s "
+        f"({100_000 / seconds:,.0f} records/CPU-s); {len(cleaned.found['control']):,} changed."
+    )
 
 
 def memory(folder: Path, megabytes: int) -> str:
@@ -247,7 +269,8 @@ def main() -> None:
             f"{datetime.date.today()}. `python benchmarks/bench_reading.py --megabytes {arguments.megabytes}`; Linux "
             "x86_64, 2 cores shared with other work, Python 3.11, one process. CPU-s are the process's own.",
             "## Encodings",
-            "Files of 1 to 200 rows, seeds 100, 101, 102 (1,000 each). A sentence asks for `data.encoding`.",
+            "Files of 1 to 200 rows, seeds 100, 101, 102 (1,000 each). A sentence asks for `data.encoding`. "
+            "charset-normalizer chooses among every encoding that it knows, metier among six.",
             encodings([100, 101, 102]),
             "## Hostile kinds",
             "*right*: the exact rows, all as text. pandas: `sep=None`, all text; polars: all text; stdlib: "
@@ -256,6 +279,8 @@ def main() -> None:
             "## 100,000 rows",
             "A process that finds the encoding, the dialect and the columns, then reads every row.",
             throughput(Path(folder)),
+            "## Cleaning",
+            cleaning(),
             "## Memory",
             "Peak of that process by the size of the file.",
             memory(Path(folder), arguments.megabytes),

@@ -150,7 +150,8 @@ def evaluate(recipe: RecipePath, set_: Set = None, out: Out = None) -> None:
 
 def _print_counts(manifest: dict[str, Any]) -> None:
     counts, splits = manifest["counts"], manifest["splits"]
-    typer.echo(f"{counts['rows']} rows = {counts['kept']} kept + {counts['rejected']} rejected")
+    merged = f" + {counts['merged']} merged" if counts["merged"] else ""
+    typer.echo(f"{counts['rows']} rows = {counts['kept']} kept{merged} + {counts['rejected']} rejected")
     for reason, number in manifest["rejected_by_reason"].items():
         typer.echo(f"  rejected {number}: {reason}")
     for role, found in manifest["roles"].items():

@@ -18,7 +18,6 @@ import sys
 import zipfile
 from collections.abc import Iterator
 from functools import lru_cache
-from pathlib import Path
 from typing import Any
 
 import python_calamine
@@ -41,13 +40,19 @@ for name in workbook.sheet_names:
 """
 
 
-def sheet_names(path: Path, member: str = "") -> list[str]:
+def sheet_names(packed: Packed) -> list[str]:
     """The sheets that hold anything and are not hidden. Raises `DataError` for what is no workbook."""
-    workbook = _open(Packed(path, member))
+    status = packed.path.stat()
+    return _sheet_names(packed, status.st_size, status.st_mtime_ns)
+
+
+@lru_cache(maxsize=256)
+def _sheet_names(packed: Packed, size: int, changed: int) -> list[str]:
+    workbook = _open(packed)
     visible = [s.name for s in workbook.sheets_metadata if s.visible == python_calamine.SheetVisibleEnum.Visible]
     names = [name for name in visible if workbook.get_sheet_by_name(name).end is not None]
     if not names:
-        raise DataError(f"`{path}` holds no sheet with anything in it", hint="take it out of `data.sources`")
+        raise DataError(f"`{packed.path}` holds no sheet with anything in it", hint="take it out of `data.sources`")
     return names
 
 

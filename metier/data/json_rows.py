@@ -117,11 +117,14 @@ def read_splits(source: Source) -> list[str]:
 
 def is_json_lines(source: Source) -> bool:
     """Whether lines are values of their own: most of the first lines are, or the name says so and nothing denies it."""
-    lines = (line.text.strip() for line in read_lines(source) if line.text.strip())
     try:
-        first = list(islice(lines, SNIFF_LINES))
-    except DataError:
-        return False  # a line above the limit: one long array, if anything
+        block = next(read_blocks(source), "")
+    except DataError:  # a byte that does not fit: lines can go on without it
+        block = "".join(line.text for line in islice(read_lines(source), SNIFF_LINES))
+    lines = block.split("\n")
+    if len(block) >= BLOCK_BYTES // 4:
+        lines = lines[:-1] or lines  # the last one may be cut
+    first = [line.strip() for line in lines if line.strip()][:SNIFF_LINES]
     if not first:
         raise DataError(f"{source.shown} is empty", hint="take it out of `data.sources`, or export it again")
     whole = sum(_is_whole(line) for line in first)

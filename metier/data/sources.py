@@ -53,7 +53,9 @@ def find_sources(config: DataConfig) -> list[Source]:
         )
         for path, name in zip(paths, names, strict=True)
     ]  # fmt: skip
-    parts = [part for source in sources for member in _members(source) for part in _parts(member)]
+    parts = [part for source in sources for member in _members(source) for part in _parts(member, config.sheets)]
+    if unknown := set(config.sheets) - {part.part for part in parts if part.format == "excel"}:
+        raise DataError(f"`data.sheets`: no workbook among the sources has a sheet `{min(unknown)}`")
     return [part for part in parts if not part.is_test] + [part for part in parts if part.is_test]
 
 
@@ -194,14 +196,18 @@ def _members(source: Source) -> list[Source]:
     return taken
 
 
-def _parts(source: Source) -> list[Source]:
-    """A workbook's sheets, a JSON file's splits, or the source itself."""
+def _parts(source: Source, wanted: list[str]) -> list[Source]:
+    """A workbook's sheets (the wanted ones, or all), a JSON file's splits, or the source itself."""
     if source.format == "excel":
         from metier.data.excel import sheet_names
 
-        sheets = sheet_names(source.path, source.member)
+        sheets = sheet_names(source.packed)
         only = len(sheets) == 1
-        return [replace(source, name=source.name if only else f"{source.name}#{sheet}", part=sheet) for sheet in sheets]
+        return [
+            replace(source, name=source.name if only else f"{source.name}#{sheet}", part=sheet)
+            for sheet in sheets
+            if not wanted or sheet in wanted
+        ]
     if source.format == "json" and (splits := read_splits(source)):
         return [
             replace(

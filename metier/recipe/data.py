@@ -28,6 +28,9 @@ class DataConfig(Section):
     header_line: Count | None = Field(
         default=None, description="The line of the column names in CSV and Excel files. Found by itself when absent."
     )
+    sheets: list[str] = Field(
+        default=[], description="The sheets of Excel files to read, by name. Empty: all that are not hidden or empty."
+    )
     passage_chars: Count = Field(
         default=2000, description="Plain text and Markdown are cut into passages of at most this many characters."
     )

@@ -7,6 +7,7 @@ import functools
 import gzip
 import io
 import zipfile
+from collections.abc import Callable
 from pathlib import Path
 
 import polars
@@ -113,7 +114,7 @@ def _zip() -> bytes:
     return buffer.getvalue()
 
 
-WHOLE = {
+WHOLE: dict[str, Callable[[], bytes]] = {
     "a.xlsx": lambda: xlsx({"s": [["text", "label"], ["a", "b"]]}),
     "a.xls": lambda: Path(__file__).with_name("old.xls").read_bytes(),
     "a.parquet": _parquet,

@@ -65,6 +65,9 @@ def test_each_sheet_is_a_source_and_a_given_header_line_wins(tmp_path: Path) -> 
     assert [source.name for source in sources] == ["a.xlsx#one", "a.xlsx#two"]
     assert read_columns(sources[1]) == ["x", "y"]
     assert read_columns(sources_of(tmp_path / "a.xlsx", header_line=2)[1]) == ["text", "label"]
+    assert [source.name for source in sources_of(tmp_path / "a.xlsx", sheets=["two"])] == ["a.xlsx#two"]
+    with pytest.raises(DataError, match="no workbook among the sources has a sheet `three`"):
+        sources_of(tmp_path / "a.xlsx", sheets=["one", "three"])
 
 
 def test_an_old_workbook_is_read(tmp_path: Path) -> None:
