@@ -87,6 +87,8 @@ def inspect(
     from rich.text import Text
 
     from metier.data.prepare import prepare as prepare_stage
+    from metier.data.terms import token_cost
+    from metier.domains import load_domain
     from metier.model.chat import IGNORE_INDEX, Renderer, eos_token_ids
     from metier.model.load import load_tokenizer
     from metier.model.resolve import resolve_base
@@ -101,6 +103,9 @@ def inspect(
         _print_counts(prepare_stage(loaded, out=dataset, progress=ui.say))
         path = resolve_base(loaded.base, loaded.revision, progress=ui.say)
         renderer = Renderer(load_tokenizer(path), eos_token_ids(path))
+        if loaded.domain:
+            for line in token_cost(load_domain(loaded.domain), renderer.tokenizer.encode):
+                typer.echo(line)
         console = Console(highlight=False, soft_wrap=True)
         for split in ("train", "val", "test"):
             ids, conversations = read_split(dataset, split)
@@ -150,8 +155,10 @@ def evaluate(recipe: RecipePath, set_: Set = None, out: Out = None) -> None:
 
 def _print_counts(manifest: dict[str, Any]) -> None:
     counts, splits = manifest["counts"], manifest["splits"]
-    merged = f" + {counts['merged']} merged" if counts["merged"] else ""
-    typer.echo(f"{counts['rows']} rows = {counts['kept']} kept{merged} + {counts['rejected']} rejected")
+    typer.echo(
+        f"{counts['rows']} rows = {counts['kept']} kept + {counts['merged']} merged + {counts['rejected']} rejected"
+        + (f"; {counts['synthetic']} synthetic records for training" if counts["synthetic"] else "")
+    )
     for reason, number in manifest["rejected_by_reason"].items():
         typer.echo(f"  rejected {number}: {reason}")
     for role, found in manifest["roles"].items():
@@ -166,7 +173,24 @@ def _print_counts(manifest: dict[str, Any]) -> None:
         if found["records"]:
             setting = {True: "on", False: "off"}.get(found["setting"], found["setting"])
             typer.echo(f"  clean.{rule} ({setting}): {found['records']} records, such as {found['examples'][0]}")
+    _print_leakage(manifest)
     typer.echo(f"task: {manifest['task']}; " + ", ".join(f"{name} {number}" for name, number in splits.items()))
+
+
+def _print_leakage(manifest: dict[str, Any]) -> None:
+    found, by_row = manifest["leakage"]["shared_with_train"], manifest["leakage"]["if_split_by_row"]
+    kinds = {"prompt": "the same prompt", "group_id": "the same group_id", "near_duplicate": "a near-duplicate"}
+    shown = ", ".join(f"{words} {found[kind]} (by row {by_row[kind]})" for kind, words in kinds.items())
+    typer.echo(f"  held-out records with their like in train: {shown}")
+    if manifest["label_conflicts"]:
+        typer.echo(
+            f"  near-duplicates with different labels: {manifest['label_conflicts']} pairs, in conflicts.parquet"
+        )
+    if domain := manifest.get("domain"):
+        typer.echo(
+            f"  domain {domain['name']}: {domain['terms_found']} of {domain['terms']} terms stand in "
+            f"{domain['records_with_a_term']} records"
+        )
 
 
 def _print_verdict(evidence: dict[str, Any]) -> None:

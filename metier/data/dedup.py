@@ -1,9 +1,8 @@
 """Records -> no record twice, the pairs that are near-duplicates, and the groups that must not cross a split.
 
 Exact: all messages are the same after NFKC and with runs of white space as one space; the later row is merged into
-the earlier one. Near: the Jaccard similarity of shingles (minhash.py), of the prompts where answers are labels, else of
-prompts and answers; what all prompts begin or end with is left out. Groups: records that share a group_id or a
-prompt, or are near-duplicates, directly or through others, are one group.
+the earlier one. Near: the Jaccard similarity of shingles (minhash.py) of what `Comparison` takes of a record. Groups:
+records that share a group_id or a prompt, or are near-duplicates, directly or through others, are one group.
 
 The records of test files are never merged. What is found does not depend on the order of rows or files.
 """
@@ -44,30 +43,47 @@ def merge_exact(records: list[Record]) -> tuple[list[Record], list[Merged]]:
     return kept, merged
 
 
-def find_pairs(records: list[Record], task: str, threshold: float, seed: int = 0) -> list[Pair]:
+class Comparison:
+    """What of a record is compared with others, fixed by the records that it is made of.
+
+    The prompts where answers are labels, else prompts and answers; without system messages, without what the recipe's
+    template gave to all, and (minhash.py) without text that many share.
+    """
+
+    def __init__(self, records: list[Record], task: str) -> None:
+        from metier.data.shingles import Template
+
+        self._without_answer = task == "classification"
+        self._begin = self._end = ""
+        texts = self.texts(records)
+        if len(texts) >= 3:
+            self._begin = os.path.commonprefix([min(texts), max(texts)])
+            backwards = [text[len(self._begin) :][::-1] for text in texts]
+            self._end = os.path.commonprefix([min(backwards), max(backwards)])[::-1]
+        self.template = Template(sorted(self.texts(records)))
+
+    def texts(self, records: list[Record]) -> list[str]:
+        """Each record's own words."""
+        found = []
+        for record in records:
+            turns = [turn["content"] for turn in record.messages if turn["role"] != "system"]
+            text = "\n".join(turns[:-1] if self._without_answer else turns)
+            text = text.removeprefix(self._begin)
+            found.append(text.removesuffix(self._end))
+        return found
+
+
+def find_pairs(records: list[Record], comparison: Comparison, threshold: float, seed: int = 0) -> list[Pair]:
     """(position, position, similarity) of all pairs found with at least that Jaccard similarity."""
     from metier.data.minhash import near_duplicates
 
-    texts = compared_texts(records, task)
+    texts = comparison.texts(records)
     order = sorted(range(len(texts)), key=texts.__getitem__)
-    found = near_duplicates([texts[i] for i in order], threshold=threshold, seed=seed)
+    ordered = [texts[i] for i in order]
+    found = near_duplicates(ordered, threshold=threshold, seed=seed, template=comparison.template)
     triples = zip(found.left.tolist(), found.right.tolist(), found.similarity.tolist(), strict=True)
     pairs = ((order[left], order[right], similarity) for left, right, similarity in triples)
     return sorted((min(a, b), max(a, b), similarity) for a, b, similarity in pairs)
-
-
-def compared_texts(records: list[Record], task: str) -> list[str]:
-    """What of each record is compared: its own words, without what the recipe's template gave to all."""
-    texts = []
-    for record in records:
-        turns = [turn["content"] for turn in record.messages if turn["role"] != "system"]
-        texts.append("\n".join(turns[:-1] if task == "classification" else turns))
-    if len(texts) < 3:
-        return texts
-    begin = len(os.path.commonprefix([min(texts), max(texts)]))
-    backwards = [text[begin:][::-1] for text in texts]
-    end = len(os.path.commonprefix([min(backwards), max(backwards)]))
-    return [text[begin : len(text) - end] for text in texts]
 
 
 def merge_near(records: list[Record], pairs: list[Pair], task: str) -> list[Merged]:

@@ -20,7 +20,7 @@ from typing import Any
 
 import numpy as np
 
-from metier.data.dedup import Pair, compared_texts, find_pairs
+from metier.data.dedup import Comparison, Pair, find_pairs
 from metier.data.lines import Source
 from metier.data.records import Record
 from metier.data.shingles import Hashes, Template, among, batches, distinct, normalise, window_hashes
@@ -86,13 +86,15 @@ class Passages:
         return holds
 
 
-def late_leaks(records: list[Record], splits: Sequence[str], *, task: str, threshold: float, seed: int) -> list[int]:
+def late_leaks(
+    records: list[Record], splits: Sequence[str], comparison: Comparison, *, threshold: float, seed: int
+) -> list[int]:
     """Positions of records that are like one further on (train, val, test), found by a search with other hashes.
 
     Among them are synthetic records that became like a held-out one, and what was made of a record that goes.
     """
     once = [i for i, record in enumerate(records) if record.method != "repeat"]
-    pairs = find_pairs([records[i] for i in once], task, threshold, seed=seed + 1)
+    pairs = find_pairs([records[i] for i in once], comparison, threshold, seed=seed + 1)
     gone = {once[i] for i in crossing([splits[i] for i in once], pairs)}
     held = {(record.prompt, record.answer) for record, split in zip(records, splits, strict=True) if split != "train"}
     gone |= {i for i, record in enumerate(records) if record.parent and (record.prompt, record.answer) in held}
@@ -138,14 +140,14 @@ def row_split(records: list[Record], splits: Sequence[str], seed: int) -> list[s
     return drawn
 
 
-def shared_passages(records: list[Record], splits: Sequence[str], task: str) -> int:
+def shared_passages(records: list[Record], splits: Sequence[str], comparison: Comparison) -> int:
     """How many test records share a passage with a training record."""
-    texts = compared_texts(records, task)
+    texts = comparison.texts(records)
     test = [text for text, split in zip(texts, splits, strict=True) if split == "test"]
     train = [text for text, split in zip(texts, splits, strict=True) if split == "train"]
     if not test or not train:
         return 0
-    template = Template(texts)
+    template = comparison.template
     candidates = [
         text for text, is_shared in zip(train, Passages(test, template).shared(train), strict=True) if is_shared
     ]

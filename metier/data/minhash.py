@@ -39,9 +39,14 @@ class Pairs:
         return len(self.left)
 
 
-def near_duplicates(texts: Sequence[str], *, threshold: float, seed: int = 0) -> Pairs:
-    """All pairs found whose shingles, template text aside, have a Jaccard similarity of at least `threshold`."""
-    template = Template(texts)
+def near_duplicates(
+    texts: Sequence[str], *, threshold: float, seed: int = 0, template: Template | None = None
+) -> Pairs:
+    """All pairs found whose shingles have a Jaccard similarity of at least `threshold`.
+
+    `template` is what is left out of the comparison; absent, what many of the texts share.
+    """
+    template = template or Template(texts)
     signatures = np.full((len(texts), HASHES * BINS), _EMPTY, dtype=np.uint32)
     counts = np.zeros(len(texts), dtype=np.int64)
     for first, batch in batches(texts):

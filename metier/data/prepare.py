@@ -28,7 +28,7 @@ from metier.data.canaries import canaries_table, plant
 from metier.data.card import data_card
 from metier.data.clean import clean, contradictions
 from metier.data.croissant import croissant
-from metier.data.dedup import find_pairs, join_groups, merge_exact, merge_near, without
+from metier.data.dedup import Comparison, find_pairs, join_groups, merge_exact, merge_near, without
 from metier.data.leakage import (
     PASSAGE_HAN,
     PASSAGE_OTHER,
@@ -89,13 +89,13 @@ def prepare(recipe: Recipe, *, out: Path, progress: Callable[[str], None]) -> di
         other = contradictions(accounts.records, recipe.clean.contradictions, cleaned)
         accounts.reject(other, "same prompt as a record with another label")
     progress("looking for duplicates")
-    rejected_by_benchmark = _deduplicate(accounts, files.benchmarks, recipe.dedup, task)
+    comparison, benchmarks = _deduplicate(accounts, files.benchmarks, recipe.dedup, task)
     accounts.refuse_too_few()
     splits = _split(recipe.data, accounts, task, seed)
     made = _balance_and_augment(accounts, splits, recipe, task)
     progress("checking what the splits share")
-    details["leakage"] = _certify(accounts, splits, made, recipe, task)
-    details["leakage"]["benchmarks"] = rejected_by_benchmark
+    details["leakage"] = _certify(accounts, splits, made, comparison, recipe)
+    details["leakage"]["benchmarks"] = benchmarks
     accounts.sort()
     records = [*accounts.records, *made]
     table = records_table(records, [splits[id(record)] for record in records], task)
@@ -219,13 +219,14 @@ def _read_all(
 
 def _deduplicate(
     accounts: Accounts, benchmarks: list[Source], config: DedupConfig, task: str
-) -> dict[str, dict[str, Any]]:
+) -> tuple[Comparison, dict[str, dict[str, Any]]]:
     """Merges copies, finds near-duplicates, and rejects what would train on a test file or a benchmark."""
     if config.exact:
         accounts.records, merged = merge_exact(accounts.records)
         accounts.merged += merged
+    comparison = Comparison(accounts.records, task)
     if config.near != "off":
-        accounts.pairs = find_pairs(accounts.records, task, config.threshold)
+        accounts.pairs = find_pairs(accounts.records, comparison, config.threshold)
     for problem, records in test_leaks(accounts.records, accounts.pairs).items():
         accounts.reject(records, problem)
     found = benchmark_leaks(accounts.records, benchmarks)
@@ -233,7 +234,7 @@ def _deduplicate(
         accounts.reject(records, f"shares a passage with {name}")
     if config.near == "merge":
         accounts.merge(merge_near(accounts.records, accounts.pairs, task))
-    return {name: {"records_rejected": len(records)} for name, records in found.items()}
+    return comparison, {name: {"records_rejected": len(records)} for name, records in found.items()}
 
 
 def _split(config: DataConfig, accounts: Accounts, task: str, seed: int) -> dict[int, str]:
@@ -272,7 +273,7 @@ def _balance_and_augment(accounts: Accounts, splits: dict[int, str], recipe: Rec
 
 
 def _certify(
-    accounts: Accounts, splits: dict[int, str], made: list[Record], recipe: Recipe, task: str
+    accounts: Accounts, splits: dict[int, str], made: list[Record], comparison: Comparison, recipe: Recipe
 ) -> dict[str, Any]:
     """Takes out what still leaks, and says what was checked and what a split by rows would have leaked."""
     is_near, threshold = recipe.dedup.near != "off", recipe.dedup.threshold
@@ -280,7 +281,7 @@ def _certify(
     of = [splits[id(record)] for record in records]
     late: list[Record] = []
     if is_near:
-        found = late_leaks(records, of, task=task, threshold=threshold, seed=recipe.seed)
+        found = late_leaks(records, of, comparison, threshold=threshold, seed=recipe.seed)
         late = [records[i] for i in found]
         gone = {id(record) for record in late}
         accounts.reject([r for r in late if r.parent is None], "near-duplicate of a held-out record")
@@ -297,7 +298,7 @@ def _certify(
         "near_duplicates_searched": is_near,
         "threshold": threshold,
         "found_late": len(late),
-        "test_records_with_a_passage_of_train": shared_passages(records, of, task),
+        "test_records_with_a_passage_of_train": shared_passages(records, of, comparison),
         "passage_chars": {"zh": PASSAGE_HAN, "other": PASSAGE_OTHER},
         "synthetic_of_held_out": sum(r.parent is not None and splits[id(r.parent)] != "train" for r in made),
     }

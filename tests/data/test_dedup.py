@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from metier.data.dedup import compared_texts, find_pairs, join_groups, merge_exact, merge_near
+from metier.data.dedup import Comparison, find_pairs, join_groups, merge_exact, merge_near
 from metier.data.lines import Row, Source
 from metier.data.minhash import near_duplicates
 from metier.data.records import Record
@@ -101,7 +101,7 @@ def test_what_is_found_does_not_depend_on_the_order_of_rows() -> None:
     shuffled = random.Random(0).sample(records, len(records))
     found = []
     for some in (records, shuffled):
-        pairs = find_pairs(some, "classification", 0.5)
+        pairs = find_pairs(some, Comparison(some, "classification"), 0.5)
         groups = join_groups(some, pairs, [])
         named = {frozenset((some[a].row.number, some[b].row.number)) for a, b, _ in pairs}
         found.append((named, {r.row.number: group for r, group in zip(some, groups, strict=True)}))
@@ -143,6 +143,6 @@ def test_what_the_template_gave_to_all_is_not_compared() -> None:
     records = [
         record(i, f"Condition: {word}\nChapter:", f"answer {i}") for i, word in enumerate(["asthma", "gout", "flu"])
     ]
-    assert compared_texts(records, "classification") == ["asthma", "gout", "flu"]
+    assert Comparison(records, "classification").texts(records) == ["asthma", "gout", "flu"]
     same = [record(i, "the same") for i in range(3)]
-    assert compared_texts(same, "classification") == ["", "", ""]
+    assert Comparison(same, "classification").texts(same) == ["", "", ""]
