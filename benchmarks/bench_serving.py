@@ -47,13 +47,13 @@ QUESTIONS = [
 class Served:
     """`metier serve` as a process of its own, on a free port."""
 
-    def __init__(self, runs: list[str], args: argparse.Namespace, *more: str) -> None:
+    def __init__(self, runs: list[str], args: argparse.Namespace) -> None:
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             self.port = free.getsockname()[1]
         command = [
             sys.executable, "-c", "from metier.cli import main; main()", "serve", *runs, "--port", str(self.port),
-            "--precision", args.precision, "--device", args.device, "--no-guard", *more,
+            "--precision", args.precision, "--device", args.device, "--no-guard", "--max-batch", str(args.clients),
         ]  # fmt: skip
         self.log = open(args.work / f"serve-{self.port}.log", "w", encoding="utf-8")  # noqa: SIM115
         self.process = subprocess.Popen(command, stderr=self.log, stdout=self.log)

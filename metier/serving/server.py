@@ -22,6 +22,7 @@ from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from metier.errors import RunError
 from metier.model.load import Device, Precision
+from metier.model.slots import cache_budget
 from metier.model.template import TemplateProcess
 from metier.serving.api import create_app
 from metier.serving.door import Door, DoorSettings
@@ -57,7 +58,10 @@ class Server:
     def __init__(self, models: Models, settings: ServerSettings) -> None:
         self.settings = settings
         check_exposure(settings.host, settings.api_keys)
-        self.engine = Engine(models.bank, max_rows=settings.max_batch, max_waiting=settings.max_waiting)
+        self.engine = Engine(
+            models.bank, max_rows=settings.max_batch, max_waiting=settings.max_waiting,
+            max_cache_tokens=cache_budget(models.bank),
+        )  # fmt: skip
         limits = Limits(settings.max_new_tokens, settings.request_seconds)
         self.service = Service(models, self.engine, limits)
         hosts = DoorSettings().hosts if is_loopback(settings.host) else None
