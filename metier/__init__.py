@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib
 from typing import Any
 
-__all__ = ["Recipe", "evaluate", "load", "prepare", "run", "train"]
+__all__ = ["Recipe", "evaluate", "load", "prepare", "run", "serve", "train"]
 
 _HOMES = {
     "Recipe": "metier.recipe",
@@ -13,6 +13,7 @@ _HOMES = {
     "load": "metier.model.specialist",
     "prepare": "metier.pipeline",
     "run": "metier.pipeline",
+    "serve": "metier.serving.server",
     "train": "metier.pipeline",
 }
 

@@ -13,7 +13,7 @@ from metier.artifacts import complete, work_folder
 from metier.cli import app
 from metier.recipe import Recipe
 
-PUBLIC_NAMES = ["Recipe", "evaluate", "load", "prepare", "run", "train"]
+PUBLIC_NAMES = ["Recipe", "evaluate", "load", "prepare", "run", "serve", "train"]
 
 RECIPE_KEYS = """
     base revision out preset seed domain
@@ -51,7 +51,7 @@ COMMANDS = {
     "--device",
     "compare": "runs --csv",
     "verify": "run --head",
-    "chat": f"run --base --system {DECODING}",
+    "chat": f"run --base --compare --system {DECODING}",
 }
 
 MANIFEST_KEYS = [

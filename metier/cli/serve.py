@@ -38,27 +38,18 @@ def serve(
     Example: metier serve runs/icd10cm
     """
     try:
-        from metier.serving.server import ServerSettings, check_exposure, read_api_keys, run_server
+        from metier.serving.server import ServerSettings, read_api_keys
+        from metier.serving.server import serve as serve_runs
     except ModuleNotFoundError as error:
         raise MetierError(f"serving needs the package `{error.name}`", hint="pip install 'metier[serve]'") from None
-    from metier.model.template import TemplateProcess
-    from metier.serving.models import open_models
-
-    ui, keys = terminal(), read_api_keys(api_key_file)
-    check_exposure(host, keys)
-    templates = TemplateProcess()
-    try:
-        models = open_models(
-            runs, device=device_of(device), precision=precision_of(precision), render=templates.render,
-            redact=redaction() if guard else None, guarded=guard, say=ui.say,
-        )  # fmt: skip
-        settings = ServerSettings(
-            host=host, port=port, api_keys=keys, max_batch=max_batch, max_new_tokens=max_new_tokens,
-            request_seconds=request_seconds,
-        )  # fmt: skip
-        run_server(models, settings, say=ui.say)
-    finally:
-        templates.close()
+    settings = ServerSettings(
+        host=host, port=port, api_keys=read_api_keys(api_key_file), max_batch=max_batch,
+        max_new_tokens=max_new_tokens, request_seconds=request_seconds,
+    )  # fmt: skip
+    serve_runs(
+        runs, settings, device=_device(device), precision=_precision(precision),
+        redact=redaction() if guard else None, guarded=guard, say=terminal().say,
+    )  # fmt: skip
 
 
 def redaction() -> Any:
@@ -66,13 +57,11 @@ def redaction() -> Any:
     return None
 
 
-def device_of(name: str) -> Any:
-    """A --device as the loader takes it. Raises `MetierError`."""
+def _device(name: str) -> Any:
     return _one_of("--device", name, ("auto", "cpu", "cuda"))
 
 
-def precision_of(name: str) -> Any:
-    """A --precision as the loader takes it. Raises `MetierError`."""
+def _precision(name: str) -> Any:
     return _one_of("--precision", name, ("auto", "fp32", "bf16", "fp16"))
 
 

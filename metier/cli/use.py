@@ -55,6 +55,9 @@ def chat(
     run: Run,
     system: System = None,
     base: UseBase = False,
+    compare: Annotated[
+        bool, typer.Option("--compare", help="Ask base and adapter, and show both side by side.")
+    ] = False,
     max_new_tokens: MaxNewTokens = 512,
     temperature: Temperature = 0.0,
     top_p: TopP = 1.0,
@@ -62,8 +65,11 @@ def chat(
 ) -> None:
     """Talk to the adapter, or with --base to the base model. An empty line or Ctrl-D ends it; /new starts afresh.
 
-    Example: metier chat runs/icd10cm
+    Example: metier chat runs/icd10cm --compare
     """
+    if compare:
+        _compare(run, system, max_new_tokens, temperature=temperature, top_p=top_p, seed=seed)
+        return
     from metier.model.specialist import load
     from metier.terminal import AnswerPrinter
 
@@ -80,6 +86,22 @@ def chat(
             max_new_tokens=max_new_tokens, temperature=temperature, top_p=top_p, seed=seed,
         )  # fmt: skip
         messages.append({"role": "assistant", "content": answer.text})
+
+
+def _compare(run: str, system: str | None, max_new_tokens: int, **sampling: float) -> None:
+    from metier.cli.compare import comparing
+    from metier.serving.models import open_models
+    from metier.serving.sampling import Sampling
+
+    start, drawn = _conversation(None, system), Sampling(**sampling)  # type: ignore[arg-type]
+    with comparing(open_models([run], guarded=False, say=terminal().say)) as sides:
+        for name in sides.histories:
+            sides.histories[name] = list(start)
+        while line := _ask():
+            if line == "/new":
+                sides.histories = {name: list(start) for name in sides.histories}
+                continue
+            sides.ask(_conversation(line, None), max_new_tokens, drawn)
 
 
 def _ask() -> str:

@@ -10,6 +10,7 @@ for the longest row in every row.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from typing import Any
 
@@ -121,6 +122,17 @@ def forward_rows(
     rows = [row for row, indices in enumerate(keep) for _ in indices]
     columns = [place[index] for indices in keep for index in indices]
     return logits[rows, columns]
+
+
+def cache_budget(bank: AdapterBank) -> int:
+    """Tokens whose keys and values there is memory for: 0.6 of what a GPU has free, a quarter of a machine's."""
+    config = bank.base.config
+    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    token_bytes: int = 2 * config.num_hidden_layers * heads * head_dim * bank.base.dtype.itemsize
+    if bank.base.device.type == "cuda":
+        return int(0.6 * torch.cuda.mem_get_info(bank.base.device)[0]) // token_bytes
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_AVPHYS_PAGES") // 4 // token_bytes
 
 
 def context_of(bank: AdapterBank, default: int = 2048) -> int:

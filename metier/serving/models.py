@@ -23,6 +23,7 @@ from metier.model.lora import read_adapter_config
 from metier.recipe import ServeConfig, load_recipe
 from metier.serving.guard import Guard, Redact
 
+ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors")
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 
 
@@ -152,7 +153,15 @@ def _precision(sources: Sequence[_Source], asked: Precision, device: str) -> Pre
 
 def _check_fits(source: _Source, base: Base, renderer: Renderer) -> None:
     assert source.adapter is not None
-    stated = (read_manifest(source.adapter) or {}).get("base", {}).get("digest")
+    manifest = read_manifest(source.adapter) or {}
+    for name in ADAPTER_FILES:
+        measured = manifest.get("files", {}).get(name, {}).get("sha256")
+        if measured is not None and digest_file(source.adapter / name) != measured:
+            raise ModelError(
+                f"`{source.adapter / name}` is not the file that was trained and measured: its digest differs",
+                hint="restore it, or train again; to serve something else, give its folder without manifest.json",
+            )
+    stated = manifest.get("base", {}).get("digest")
     if stated is not None and stated != base.digest:
         raise ModelError(
             f"`{source.adapter}` was trained on another base than the one in `{base.path}`",
@@ -176,10 +185,9 @@ def _guard(run: Path, redact: Redact | None) -> Guard:
 
 def _fingerprint(base: Base, renderer: Renderer, adapter: Path | None, guard: Guard) -> str:
     """Changes with whatever could change an answer: weights, template, guard, precision and the versions at work."""
-    files = ("adapter_config.json", "adapter_model.safetensors")
     libraries = ("metier", "torch", "transformers", "tokenizers")
     what = {
-        "base": base.digest, "adapter": {f: digest_file(adapter / f) for f in files} if adapter else None,
+        "base": base.digest, "adapter": {f: digest_file(adapter / f) for f in ADAPTER_FILES} if adapter else None,
         "template": renderer.template, "guard": guard.as_json(), "dtype": str(base.dtype),
         "versions": {name: importlib.metadata.version(name) for name in libraries},
     }  # fmt: skip

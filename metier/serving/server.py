@@ -11,7 +11,7 @@ import os
 import signal
 import socket
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
@@ -21,10 +21,14 @@ import uvicorn
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from metier.errors import RunError
+from metier.model.load import Device, Precision
+from metier.model.slots import cache_budget
+from metier.model.template import TemplateProcess
 from metier.serving.api import create_app
 from metier.serving.door import Door, DoorSettings
 from metier.serving.engine import Engine
-from metier.serving.models import Models
+from metier.serving.guard import Redact
+from metier.serving.models import Models, open_models
 from metier.serving.service import Limits, Service
 
 # A connection that has sent no whole request head by then is closed.
@@ -54,7 +58,10 @@ class Server:
     def __init__(self, models: Models, settings: ServerSettings) -> None:
         self.settings = settings
         check_exposure(settings.host, settings.api_keys)
-        self.engine = Engine(models.bank, max_rows=settings.max_batch, max_waiting=settings.max_waiting)
+        self.engine = Engine(
+            models.bank, max_rows=settings.max_batch, max_waiting=settings.max_waiting,
+            max_cache_tokens=cache_budget(models.bank),
+        )  # fmt: skip
         limits = Limits(settings.max_new_tokens, settings.request_seconds)
         self.service = Service(models, self.engine, limits)
         hosts = DoorSettings().hosts if is_loopback(settings.host) else None
@@ -103,6 +110,32 @@ class Server:
     def _run(self) -> None:
         assert self._socket is not None
         self._uvicorn.run(sockets=[self._socket])
+
+
+def serve(
+    runs: Sequence[str],
+    settings: ServerSettings | None = None,
+    *,
+    device: Device = "auto",
+    precision: Precision = "auto",
+    redact: Redact | None = None,
+    guarded: bool = True,
+    say: Callable[[str], None] = lambda text: None,
+) -> None:
+    """Loads `runs` as `open_models` does and serves them until SIGTERM or Ctrl-C.
+
+    Raises what loading a model raises, and `RunError` when it may not or cannot listen, or the engine stays down.
+    """
+    settings = settings or ServerSettings()
+    check_exposure(settings.host, settings.api_keys)
+    templates = TemplateProcess()
+    try:
+        models = open_models(
+            runs, device=device, precision=precision, render=templates.render, redact=redact, guarded=guarded, say=say
+        )
+        run_server(models, settings, say=say)
+    finally:
+        templates.close()
 
 
 def run_server(models: Models, settings: ServerSettings, *, say: Callable[[str], None]) -> None:
