@@ -78,9 +78,10 @@ def load_base(
 ) -> Base:
     """Loads a base model and its tokenizer onto `device` in `dtype`, frozen, with SDPA attention.
 
-    With `storage` fp8 or nf4 its linear layers but the head are quantised. Raises `ModelError` for what `resolve_base` refuses, a checkpoint that needs code of its own, an
-    architecture that transformers does not have, damaged or missing weights, a missing tokenizer, and a
-    vocabulary that is larger than the embeddings.
+    With `storage` fp8 or nf4 its linear layers but the head are quantised. Raises `ModelError` for a storage that the
+    device cannot work with, for what `resolve_base` refuses, a checkpoint that needs code of its own, an architecture
+    that transformers does not have, damaged or missing weights, a missing tokenizer, and a vocabulary that is larger
+    than the embeddings.
     """
     check_storage(storage, device)
     name = str(path_or_name)
@@ -194,8 +195,8 @@ def resolve_precision(name: Precision, device: torch.device, *, progress: Progre
 
     `auto` is bf16 where the device has units for it (compute capability 8.0 and up; AVX512-BF16 or AMX),
     else fp16 on a GPU and fp32 on a CPU. bf16 on a CPU without units is allowed, with a word of warning: it
-    was measured 9 times slower than fp32. fp8 and nf4 compute in what `auto` takes. Raises `ModelError` for fp16 on a CPU, bf16 on an older GPU, and
-    fp8 and nf4 where the device has no way to multiply them.
+    was measured 9 times slower than fp32. fp8 and nf4 compute in what `auto` takes. Raises `ModelError` for fp16 on a
+    CPU, bf16 on an older GPU, and fp8 and nf4 where the device has no way to multiply them.
     """
     if device.type == "cuda":
         has_bf16 = torch.cuda.get_device_capability(device) >= (8, 0)
