@@ -147,7 +147,9 @@ def test_products_with_a_quantised_weight_equal_its_dequantised_form(storage: St
         weight.keep_transposed()
         assert torch.equal(weight.matmul_t(rows), before)
     if isinstance(weight, Nf4Weight):
-        assert torch.equal(weight.dequantised(torch.bfloat16), nf4.dequantise_nf4(weight.parts[0], torch.bfloat16))
+        torch.testing.assert_close(
+            weight.dequantised(torch.bfloat16), nf4.dequantise_nf4(weight.parts[0], torch.bfloat16), rtol=8e-3, atol=0
+        )
         eight = weight._to_fp8(transposed=False)
         assert eight.dtype == FP8
         assert torch.equal(weight._to_fp8(transposed=True).view(torch.uint8).T, eight.view(torch.uint8))
@@ -162,7 +164,7 @@ def test_attention_on_the_gpu_equals_float64(lengths: tuple[int, ...], heads: tu
     grad = torch.randn_like(parts[0])
     results = []
     for is_flash, work in ((True, torch.bfloat16), (False, torch.float64)):
-        leaves = [p.to(work).requires_grad_() for p in parts]
+        leaves = [p.detach().to(work, copy=True).requires_grad_() for p in parts]
         out = attend(*leaves, Documents.of(lengths, CUDA, is_flash=is_flash))
         out.backward(grad.to(work))
         results.append([out.detach(), *(leaf.grad for leaf in leaves)])
