@@ -2,6 +2,7 @@
 
     python benchmarks/bench_training.py all                   # every row that can run here, and the results file
     python benchmarks/bench_training.py metier_fp8 peft ...   # some rows, printed
+    python benchmarks/bench_training.py report FILE           # the results file from lines that rows printed
     SHAPE=7b|8b|smol|70b BATCH=16 SEQ=512 STEPS=8             # environment of those
 
 Random weights of the shape (speed does not depend on them), all-linear r=16, alpha 32, no dropout, fused AdamW, loss on
@@ -309,6 +310,7 @@ ROWS: dict[str, Callable[[], None]] = {
     "metier_nf4": lambda: metier("metier nf4", "nf4"),
     "metier_nf4_6g": lambda: metier("metier nf4 in 6 GiB", "nf4", recompute="layer", micro=4),
     "metier_nf4_6g_2": lambda: metier("metier nf4, two passes", "nf4", recompute="layer", micro=2),
+    "metier_nf4_6g_3": lambda: metier("metier nf4, three passes", "nf4", recompute="layer", micro=3),
     "metier_nf4_layer": lambda: metier("metier nf4, layers computed again", "nf4", recompute="layer"),
     "metier_uneven_bf16": lambda: metier_uneven("metier bf16, uneven records"),
     "metier_uneven_fp8": lambda: metier_uneven("metier fp8, uneven records", "fp8"),
@@ -338,12 +340,52 @@ def missing_peers() -> list[str]:
     return [name for name in ("peft", "liger_kernel", "unsloth") if importlib.util.find_spec(name) is None]
 
 
+def write_report(lines: list[str]) -> None:
+    """The results file: a table of the rows, the kernel time by kind where it was taken, and what failed."""
+    rows = [json.loads(line[4:]) for line in lines if line.startswith("ROW ")]
+    kinds = [json.loads(line[8:]) for line in lines if line.startswith("PROFILE ")]
+    text = [
+        "# LoRA training on one H100: metier and its peers", "",
+        "`python benchmarks/bench_training.py`; random weights of the shape, all-linear r=16, alpha 32, no dropout, fused",
+        "AdamW, loss on every token, each row in a process of its own, the median of 8 steps. mfu: the arithmetic of",
+        "forward and dX over 989 TFLOP/s (bf16's peak, also in the rows that multiply in FP8).", "",
+        "| row | shape | records x tokens | tokens/s | ms a step (least, most) | peak GiB | mfu |",
+        "|---|---|---|---:|---:|---:|---:|",
+    ]  # fmt: skip
+    for row in rows:
+        if "tok_s" in row:
+            low, high = row["ms_min_max"]
+            text.append(
+                f"| {row['name']} | {row['shape']} | {row['batch']} x {row['seq']} | {row['tok_s']:,} | "
+                f"{row['ms']} ({low}, {high}) | {row['peak_gib']} | {row['mfu']} |"
+            )
+    for row in rows:
+        if "real_tok_s" in row:
+            text.append(
+                f"| {row['name']} | {row['shape']} | {row['records_a_step']} uneven | {row['real_tok_s']:,} | | "
+                f"{row['peak_gib']} | |"
+            )
+    for entry in kinds:
+        parts = ", ".join(f"{kind} {ms}" for kind, ms in entry.items() if kind != "name")
+        text += ["", f"Kernel time of one step of {entry['name']}, ms: {parts}."]
+    failed = [line for line in lines if line.startswith("MISSING")]
+    text += ["", *(f"- not measured: {line[8:].split(':')[0]}" for line in failed)] if failed else []
+    RESULTS.write_text("\n".join(text) + "\n", encoding="utf-8")
+
+
 def main() -> None:
     names = sys.argv[1:]
     if names[:1] == ["one"]:
         ROWS[names[1]]()
         return
-    run_rows(names if names != ["all"] else list(ROWS))
+    if names[0] == "report":
+        write_report(Path(names[1]).read_text().splitlines())
+        return
+    if missing := missing_peers():
+        print(f"not installed, so without a row: {', '.join(missing)}")
+    lines = run_rows(names if names != ["all"] else list(ROWS))
+    if names == ["all"]:
+        write_report(lines)
 
 
 if __name__ == "__main__":
