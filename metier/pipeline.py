@@ -17,11 +17,8 @@ from metier.artifacts import (
     STAGES,
     append_audit,
     audit_artifacts,
-<<<<<<< HEAD
-    digest_file,
-=======
     damaged_file,
->>>>>>> main
+    digest_file,
     digest_json,
     is_current,
     is_whole,

@@ -151,6 +151,58 @@ def test_limits_name_unseen_labels_repeated_prompts_and_the_choice(make_run: Mak
 
 
 def test_choice_of_items_depends_on_the_seed_not_on_the_order() -> None:
+    items = [Item(f"r{i}", None, "en", None, [{"role": "text", "content": "x"}]) for i in range(50)]
+    chosen = choose_items(items, max_items=10, seed=1)
+    assert chosen == choose_items(items[::-1], max_items=10, seed=1)
+    assert chosen != choose_items(items, max_items=10, seed=2)
+    assert choose_items(chosen, max_items=None, seed=1) == chosen
+
+
+def test_records_that_cannot_be_asked_are_left_out_and_counted(make_run: Make, specialist: Specialist) -> None:
+    made = [*classified(30, "train", LABELS), *classified(40, "test", LABELS)]
+    too_long, control = made[-1], made[-2]
+    too_long["messages"] = [{"role": "user", "content": "word " * 600}, too_long["messages"][-1]]
+    spelled = f"x {specialist.base.tokenizer.eos_token} y"
+    control["messages"] = [{"role": "user", "content": spelled}, control["messages"][-1]]
+    run = make_run(made)
+    judge(run, specialist)
+    evidence = read(run)
+    assert evidence["n"] == 38
+    assert set(evidence["left_out"]) == {too_long["record_id"], control["record_id"]}
+    assert any(limit.startswith("2 test records could not be asked") for limit in evidence["limits"])
+    assert spelled not in str(evidence)
+
+
+def test_every_key_and_column_is_documented_in_both_languages(make_run: Make, specialist: Specialist) -> None:
+    run = make_run(rows())
+    judge(run, specialist)
+    evidence = read(run)
+    columns = [
+        *pl.read_parquet(run / "evidence" / "items.parquet").columns,
+        *evidence,
+        *evidence["metrics"]["accuracy"],
+    ]
+    columns += pl.read_parquet(run / "evidence" / "probes.parquet").columns
+    for page in ("evidence.md", "evidence.zh-CN.md"):
+        text = (Path(__file__).parents[2] / "docs" / page).read_text(encoding="utf-8")
+        missing = [c for c in columns if f"`{c.removeprefix('base_').removeprefix('adapter_')}`" not in text]
+        assert missing == [], page
+
+
+def test_one_class_is_judged_and_said(make_run: Make, specialist: Specialist) -> None:
+    run = make_run([*classified(30, "train", LABELS), *classified(35, "test", LABELS[:1], prompt="case")])
+    judge(run, specialist)
+    evidence = read(run)
+    assert any(limit.startswith("All judged records have one label") for limit in evidence["limits"])
+    assert 0 <= evidence["metrics"]["macro_f1"]["adapter"] <= 1
+
+
+def test_models_that_answer_nothing_get_zeros_that_are_said_not_a_crash() -> None:
+    from metier.evaluation.behaviour import behaviour
+    from metier.evaluation.compare import Design, compare
+    from metier.evaluation.items import Answers
+    from metier.evaluation.tasks import build_metrics
+
     messages = [{"role": "user", "content": "问"}, {"role": "assistant", "content": "答案"}]
     items = [Item(f"r{i}", None, "zh", None, messages) for i in range(40)]
     ones = np.ones(40)
