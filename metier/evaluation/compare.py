@@ -38,11 +38,13 @@ PERMUTATIONS = 2_000
 
 @dataclass(frozen=True)
 class Design:
-    """How to compare: resamples, their seed, and the smallest difference that matters (0.05: five points)."""
+    """How to compare: resamples, their seed, the smallest difference that matters (0.05: five points), and how
+    many items a verdict needs at least."""
 
     resamples: int
     seed: int
     smallest_effect: float = 0.05
+    min_items: int = MIN_ITEMS
 
 
 def compare(metrics: Sequence[Metric], groups: Sequence[str], design: Design) -> dict[str, dict[str, Any]]:
@@ -158,7 +160,7 @@ def outcome(result: dict[str, Any], metric: Metric, design: Design) -> str:
     have been found with 80 % power; else the items were too few to tell.
     """
     n, num_groups = result["n"], result["num_groups"]
-    if n < MIN_ITEMS or num_groups < min(n, MIN_GROUPS):
+    if n < design.min_items or num_groups < min(n, MIN_GROUPS):
         return "not enough data"
     low, high = result["ci95"]
     if result["p"] < ALPHA and not low <= 0 <= high:

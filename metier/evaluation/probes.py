@@ -12,6 +12,7 @@ from __future__ import annotations
 import functools
 import json
 import re
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -30,6 +31,7 @@ if TYPE_CHECKING:
 Row = dict[str, Any]
 ANSWERED = ("instruction", "refusal", "red_line")
 MAX_NEW_TOKENS = 48
+FEW_PASSAGES = 10
 SIDES = ("base", "adapter")
 
 
@@ -48,24 +50,48 @@ def load_probes() -> list[dict[str, Any]]:
 
 def ask_probes(specialist: Specialist, cache: AnswerCache, progress: Progress) -> list[Row]:
     """The rows of the built-in probes: a passage, an option or an answered question each."""
+    return [
+        *_passages(specialist, cache, progress),
+        *_options(specialist, cache, progress),
+        *_answered(specialist, cache, progress),
+    ]
+
+
+def _passages(specialist: Specialist, cache: AnswerCache, progress: Progress) -> list[Row]:
+    probes = [p for p in load_probes() if p["kind"] == "text"]
+    texts = [[{"role": "text", "content": p["text"]}] for p in probes]
+    scores = ask_records(specialist, texts, cache=cache, progress=progress, what="general text")
+    return [
+        {
+            **_identity(probe), "part": 0, "num_tokens": int(scores["base"][i][1]),
+            "num_bytes": int(scores["base"][i][2]), **{f"{side}_nll": scores[side][i][0] for side in SIDES},
+        }
+        for i, probe in enumerate(probes)
+    ]  # fmt: skip
+
+
+def _options(specialist: Specialist, cache: AnswerCache, progress: Progress) -> list[Row]:
+    """An option's likelihood without the stop token, which a base that chats on would not give."""
     rows: list[Row] = []
-    conversations = []
-    for probe in (p for p in load_probes() if p["kind"] in ("text", "choice")):
-        same = {key: probe[key] for key in ("probe_id", "kind", "language")}
-        if probe["kind"] == "text":
-            conversations.append([{"role": "text", "content": probe["text"]}])
-            rows.append({**same, "part": 0})
-            continue
+    pairs: list[tuple[str, str]] = []
+    for probe in (p for p in load_probes() if p["kind"] == "choice"):
         question, *options = probe["options"]
         for part, option in enumerate(options):
-            ask = {"role": "user", "content": question}
-            conversations.append([ask, {"role": "assistant", "content": option}])
-            rows.append({**same, "part": part})
-    scores = ask_records(specialist, conversations, cache=cache, progress=progress, what="general text and questions")
-    for i, row in enumerate(rows):
-        row |= {"num_tokens": int(scores["base"][i][1]), "num_bytes": int(scores["base"][i][2])}
-        row |= {f"{side}_nll": scores[side][i][0] for side in SIDES}
-    return rows + _answered(specialist, cache, progress)
+            pairs.append((question, option))
+            rows.append({**_identity(probe), "part": part, "num_bytes": len(option.encode())})
+    for done, side in enumerate(SIDES, 1):
+
+        def answer(side: str = side) -> list[float]:
+            return specialist.score([q for q, _ in pairs], [o for _, o in pairs], use_adapter=side == "adapter")
+
+        for row, log_prob in zip(rows, cache.get(["options", side, pairs], answer), strict=True):
+            row[f"{side}_nll"] = -log_prob
+        progress("general questions", done * len(pairs), 2 * len(pairs))
+    return rows
+
+
+def _identity(probe: dict[str, Any]) -> Row:
+    return {key: probe[key] for key in ("probe_id", "kind", "language")}
 
 
 def forgetting(rows: list[Row], design: Design) -> dict[str, Any]:
@@ -81,7 +107,9 @@ def forgetting(rows: list[Row], design: Design) -> dict[str, Any]:
         if not mine:
             continue
         metric = _metric(name, kind, mine, probes)
-        result = compare([metric], [f"probe {i}" for i in range(len(metric.base))], design)[name]
+        # A passage is many tokens, and the permutation test is exact from a dozen pairs on.
+        own = replace(design, min_items=FEW_PASSAGES) if kind == "text" else design
+        result = compare([metric], [f"probe {i}" for i in range(len(metric.base))], own)[name]
         found[name] = {**result, "kind": kind}
     return found
 
@@ -105,7 +133,7 @@ def passes(probe: dict[str, Any], answer: str) -> bool:
 def _answered(specialist: Specialist, cache: AnswerCache, progress: Progress) -> list[Row]:
     asked = [p for p in load_probes() if p["kind"] in ANSWERED]
     prompts = [[{"role": "user", "content": p["prompt"]}] for p in asked]
-    rows: list[Row] = [{key: p[key] for key in ("probe_id", "kind", "language")} | {"part": 0} for p in asked]
+    rows: list[Row] = [_identity(p) | {"part": 0} for p in asked]
     for done, side in enumerate(SIDES, 1):
         for row, (text, stopped) in zip(rows, complete(specialist, prompts, side, MAX_NEW_TOKENS, cache), strict=True):
             row[f"{side}_completion"], row[f"{side}_stopped"] = text, stopped
@@ -132,10 +160,10 @@ def _metric(name: str, kind: str, rows: list[Row], probes: dict[str, dict[str, A
 
 
 def _chosen_right(rows: list[Row], side: str) -> Any:
-    """bool [probes]: whether the first option is the likeliest answer, per token."""
+    """bool [probes]: whether the first option is the likeliest, per byte (lm-eval's acc_norm)."""
     by_probe: dict[str, list[float]] = {}
     for row in rows:
-        by_probe.setdefault(row["probe_id"], []).append(row[f"{side}_nll"] / row["num_tokens"])
+        by_probe.setdefault(row["probe_id"], []).append(row[f"{side}_nll"] / row["num_bytes"])
     return np.array([int(np.argmin(losses)) == 0 for losses in by_probe.values()])
 
 

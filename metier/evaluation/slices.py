@@ -50,7 +50,7 @@ def _by(
         if name is not None:
             places.setdefault(name, []).append(i)
     results = {}
-    for name in sorted(places):
+    for name in sorted(places, key=lambda n: (LENGTHS.index(n) if n in LENGTHS else 0, n)):
         chosen = places[name]
         result = compare([select(metric, chosen)], [items[i].group for i in chosen], design)[metric.name]
         results[name] = {key: result[key] for key in KEPT}

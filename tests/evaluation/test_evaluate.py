@@ -187,3 +187,31 @@ def test_every_key_and_column_is_documented_in_both_languages(make_run: Make, sp
         text = (Path(__file__).parents[2] / "docs" / page).read_text(encoding="utf-8")
         missing = [c for c in columns if f"`{c.removeprefix('base_').removeprefix('adapter_')}`" not in text]
         assert missing == [], page
+
+
+def test_one_class_is_judged_and_said(make_run: Make, specialist: Specialist) -> None:
+    run = make_run([*classified(30, "train", LABELS), *classified(35, "test", LABELS[:1], prompt="case")])
+    judge(run, specialist)
+    evidence = read(run)
+    assert any(limit.startswith("All judged records have one label") for limit in evidence["limits"])
+    assert 0 <= evidence["metrics"]["macro_f1"]["adapter"] <= 1
+
+
+def test_models_that_answer_nothing_get_zeros_that_are_said_not_a_crash() -> None:
+    from metier.evaluation.behaviour import behaviour
+    from metier.evaluation.compare import Design, compare
+    from metier.evaluation.items import Answers
+    from metier.evaluation.tasks import build_metrics
+
+    messages = [{"role": "user", "content": "问"}, {"role": "assistant", "content": "答案"}]
+    items = [Item(f"r{i}", None, "zh", None, messages) for i in range(40)]
+    ones = np.ones(40)
+    silent = Answers(ones, ones, ones, None, None, [""] * 40, np.ones(40, dtype=bool))
+    for asked in (["generation", "perplexity"], ["extraction", "perplexity"]):
+        found = build_metrics(items, silent, silent, asked=asked, labels=[])
+        results = compare(found, [i.group for i in items], Design(200, 0))
+        assert all(np.isfinite([r["adapter"], *r["ci95"]]).all() for r in results.values())
+        assert results["exact_match"]["adapter"] == 0
+    metrics = behaviour(["答案"] * 40, ([""] * 40, [""] * 40), (silent.stopped, silent.stopped))
+    shares = {m.name: float(m.value(m.adapter.sum(0))) for m in metrics}
+    assert (shares["empty_share"], shares["length_ratio"], shares["stopped_share"]) == (1.0, 0.0, 1.0)
