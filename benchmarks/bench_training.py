@@ -2,11 +2,12 @@
 
     python benchmarks/bench_training.py all                   # every row that can run here, and the results file
     python benchmarks/bench_training.py metier_fp8 peft ...   # some rows, printed
+    python benchmarks/bench_training.py report FILE           # the results file from lines that rows printed
     SHAPE=7b|8b|smol|70b BATCH=16 SEQ=512 STEPS=8             # environment of those
 
 Random weights of the shape (speed does not depend on them), all-linear r=16, alpha 32, no dropout, fused AdamW, loss on
-every token. A row: the median step's tokens/s, peak memory from torch's allocator, and mfu: the arithmetic of forward and
-dX (no weight gradients, causal attention, no recomputation) over 989 TFLOP/s, the H100's dense bf16 peak.
+every token. A row: the median step's tokens/s, peak memory from torch's allocator, and mfu: the arithmetic of forward
+and dX (no weight gradients, causal attention, no recomputation) over 989 TFLOP/s, the H100's dense bf16 peak.
 """
 
 from __future__ import annotations
@@ -114,7 +115,8 @@ def measure(name: str, step: Callable[[Any], Any]) -> None:
         "name": name, "shape": SHAPE, "batch": BATCH, "seq": SEQ, "tok_s": round(rate),
         "peak_gib": round(torch.cuda.max_memory_allocated() / 2**30, 2),
         "mfu": round(rate * token_flops() / H100_BF16, 3), "ms": round(times[len(times) // 2], 1),
-        "ms_min_max": [round(times[0], 1), round(times[-1], 1)], "warm_up_s": round(warm, 1), "loss": round(float(loss), 3),
+        "ms_min_max": [round(times[0], 1), round(times[-1], 1)], "warm_up_s": round(warm, 1),
+        "loss": round(float(loss), 3),
     }  # fmt: skip
     print("ROW " + json.dumps(row), flush=True)
     if os.environ.get("PROFILE"):
@@ -153,16 +155,13 @@ def profile(name: str, step: Callable[[Any], Any], ids: Any) -> None:
         print(f"  {us / 1e3:8.2f} ms {count_of[kernel]:5d}x  {kernel[:130]}", flush=True)
 
 
-def metier(
-    name: str, storage: str = "dense", *, recompute: str = "none", copies: int = 2, micro: int = 1, graph: bool = False
-) -> None:
-    """`micro` passes a step, of equal size."""
+def trainer(storage: str, *, recompute: str = "none", copies: int = 2) -> Callable[[list[Any]], Any]:
+    """metier's own training step over a model of the shape: packed batches -> loss."""
     import torch
 
     from metier.model.fused import fuse
     from metier.model.lora import attach
     from metier.recipe import AdapterConfig
-    from metier.training.pack import PackedBatch
     from metier.training.step import train_step
 
     model = build(storage)
@@ -173,18 +172,65 @@ def metier(
     optimizer = torch.optim.AdamW(list(adapter.parameters.values()), lr=2e-4, weight_decay=0.0, fused=True)
     scaler = torch.amp.GradScaler("cuda", enabled=False)
     model.train()
+    return lambda parts: train_step(fused, optimizer, parts, learning_rate=2e-4, max_grad_norm=1.0, scaler=scaler).loss
+
+
+def metier(name: str, storage: str = "dense", *, micro: int = 1, **options: Any) -> None:
+    """`micro` passes a step, of equal size."""
+    import torch
+
+    from metier.training.pack import PackedBatch
+
+    train = trainer(storage, **options)
 
     def packed(ids: Any) -> Any:
         rows = ids.shape[0]
         positions = torch.arange(SEQ, device="cuda").repeat(rows)[None]
         at = torch.arange(rows * SEQ, device="cuda").view(rows, SEQ)[:, :-1].flatten()
-        return PackedBatch(ids.view(1, -1), positions, at, ids[:, 1:].flatten(), (SEQ,) * rows)
+        return PackedBatch(ids.reshape(1, -1), positions, at, ids[:, 1:].flatten(), (SEQ,) * rows)
 
-    def step(ids: Any) -> Any:
-        parts = [packed(part) for part in ids.chunk(micro)]
-        return train_step(fused, optimizer, parts, learning_rate=2e-4, max_grad_norm=1.0, scaler=scaler).loss
+    measure(name, lambda ids: train([packed(part) for part in ids.chunk(micro)]))
 
-    measure(name, step)
+
+def uneven_lengths(num: int) -> list[int]:
+    """Tokens of instruction records: lognormal, median 150, clipped at 512."""
+    import numpy as np
+
+    generator = np.random.default_rng(1)
+    return np.clip(generator.lognormal(np.log(150), 0.6, num).astype(int), 24, 512).tolist()
+
+
+def metier_uneven(name: str, storage: str = "dense", records: int = 48) -> None:
+    """The tutorial's uneven job through metier's packing and step, host time included: real tokens/s."""
+    import torch
+
+    from metier.model.chat import Rendered
+    from metier.training.pack import pack_batches
+
+    train = trainer(storage)
+    lengths = uneven_lengths(records * (STEPS * 3 + 8))
+    ids = torch.randint(5, min(VOCAB, 31000), (max(lengths),)).tolist()
+    device = torch.device("cuda")
+
+    def step(number: int) -> int:
+        chosen = lengths[number * records : (number + 1) * records]
+        rendered = [Rendered(ids[:n], ids[:n]) for n in chosen]
+        train([batch.to(device) for batch in pack_batches(rendered, 12288, records)])
+        return sum(chosen)
+
+    for number in range(8):
+        step(number)
+    torch.cuda.reset_peak_memory_stats()
+    rates = []
+    for number in range(8, 8 + STEPS * 3):
+        tick = time.perf_counter()
+        tokens = step(number)
+        torch.cuda.synchronize()
+        rates.append((time.perf_counter() - tick, tokens))
+    seconds, tokens = (sum(column) for column in zip(*rates, strict=True))
+    row = {"name": name, "shape": SHAPE, "records_a_step": records, "real_tok_s": round(tokens / seconds),
+           "peak_gib": round(torch.cuda.max_memory_allocated() / 2**30, 2), "steps": len(rates)}  # fmt: skip
+    print("ROW " + json.dumps(row), flush=True)
 
 
 def plain_loop(name: str, model: Any) -> None:
@@ -264,6 +310,10 @@ ROWS: dict[str, Callable[[], None]] = {
     "metier_nf4": lambda: metier("metier nf4", "nf4"),
     "metier_nf4_6g": lambda: metier("metier nf4 in 6 GiB", "nf4", recompute="layer", micro=4),
     "metier_nf4_6g_2": lambda: metier("metier nf4, two passes", "nf4", recompute="layer", micro=2),
+    "metier_nf4_6g_3": lambda: metier("metier nf4, three passes", "nf4", recompute="layer", micro=3),
+    "metier_nf4_layer": lambda: metier("metier nf4, layers computed again", "nf4", recompute="layer"),
+    "metier_uneven_bf16": lambda: metier_uneven("metier bf16, uneven records"),
+    "metier_uneven_fp8": lambda: metier_uneven("metier fp8, uneven records", "fp8"),
 }
 
 
@@ -290,12 +340,52 @@ def missing_peers() -> list[str]:
     return [name for name in ("peft", "liger_kernel", "unsloth") if importlib.util.find_spec(name) is None]
 
 
+def write_report(lines: list[str]) -> None:
+    """The results file: a table of the rows, the kernel time by kind where it was taken, and what failed."""
+    rows = [json.loads(line[4:]) for line in lines if line.startswith("ROW ")]
+    kinds = [json.loads(line[8:]) for line in lines if line.startswith("PROFILE ")]
+    text = [
+        "# LoRA training on one H100: metier and its peers", "",
+        "`python benchmarks/bench_training.py`; random weights of the shape, all-linear r=16, alpha 32, no dropout,",
+        "fused AdamW, loss on every token, each row in a process of its own, the median of 8 steps. mfu: the arithmetic",
+        "of forward and dX over 989 TFLOP/s (bf16's peak, also in the rows that multiply in FP8).", "",
+        "| row | shape | records x tokens | tokens/s | ms a step (least, most) | peak GiB | mfu |",
+        "|---|---|---|---:|---:|---:|---:|",
+    ]  # fmt: skip
+    for row in rows:
+        if "tok_s" in row:
+            low, high = row["ms_min_max"]
+            text.append(
+                f"| {row['name']} | {row['shape']} | {row['batch']} x {row['seq']} | {row['tok_s']:,} | "
+                f"{row['ms']} ({low}, {high}) | {row['peak_gib']} | {row['mfu']} |"
+            )
+    for row in rows:
+        if "real_tok_s" in row:
+            text.append(
+                f"| {row['name']} | {row['shape']} | {row['records_a_step']} uneven | {row['real_tok_s']:,} | | "
+                f"{row['peak_gib']} | |"
+            )
+    for entry in kinds:
+        parts = ", ".join(f"{kind} {ms}" for kind, ms in entry.items() if kind != "name")
+        text += ["", f"Kernel time of one step of {entry['name']}, ms: {parts}."]
+    failed = [line for line in lines if line.startswith("MISSING")]
+    text += ["", *(f"- not measured: {line[8:].split(':')[0]}" for line in failed)] if failed else []
+    RESULTS.write_text("\n".join(text) + "\n", encoding="utf-8")
+
+
 def main() -> None:
     names = sys.argv[1:]
     if names[:1] == ["one"]:
         ROWS[names[1]]()
         return
-    run_rows(names if names != ["all"] else list(ROWS))
+    if names[0] == "report":
+        write_report(Path(names[1]).read_text().splitlines())
+        return
+    if missing := missing_peers():
+        print(f"not installed, so without a row: {', '.join(missing)}")
+    lines = run_rows(names if names != ["all"] else list(ROWS))
+    if names == ["all"]:
+        write_report(lines)
 
 
 if __name__ == "__main__":

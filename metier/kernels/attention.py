@@ -1,6 +1,7 @@
 """Causal attention inside each of the documents that lie end to end in a row: no padding, no mask, no crossing over.
 
-On a CUDA device in 16 bits: FlashAttention's variable-length kernels, as torch ships them (Dao, 2023, arXiv 2307.08691).
+On a CUDA device in 16 bits: FlashAttention's variable-length kernels, as torch ships them (Dao, 2023, arXiv
+2307.08691), and cuDNN's for documents of one length.
 Anywhere else, and for head sizes that those do not take: documents side by side in a padded batch under torch's
 scaled_dot_product_attention. Padding stands to the right, where causal attention never looks.
 """
@@ -19,9 +20,9 @@ import torch.nn.functional as F
 class Documents:
     """Where documents lie in a row of M tokens.
 
-    cu_seqlens [B + 1] int32: their starts and the end. `gather` [B, L] int64 has their positions, L the longest, the end padded
-    with 0; `scatter` [M] has the places of the row's tokens in it, flat. `equal` is the length that all of them have, if it is a
-    multiple of 128.
+    cu_seqlens [B + 1] int32: their starts and the end. `gather` [B, L] int64 has their positions, L the longest, the
+    end padded with 0; `scatter` [M] has the places of the row's tokens in it, flat. `equal` is the length that all of
+    them have, if it is a multiple of 128.
     """
 
     cu_seqlens: torch.Tensor
@@ -74,11 +75,11 @@ class _Flash(torch.autograd.Function):
 
 
 class _Cudnn(torch.autograd.Function):
-    """Documents of one length, as a batch, under cuDNN's kernels: on an H100 forward in a third of FlashAttention-2's time."""
+    """Documents of one length, as a batch, under cuDNN's kernels: on an H100 in a third of FlashAttention-2's time."""
 
     @staticmethod
     def forward(ctx: Any, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, size: int) -> torch.Tensor:
-        q, k, v = (x.unflatten(0, (-1, size)).transpose(1, 2) for x in (q, k, v))
+        q, k, v = (x.view(-1, size, *x.shape[1:]).transpose(1, 2) for x in (q, k, v))
         found = torch.ops.aten._cudnn_attention_forward(q, k, v, None, None, None, size, size, True, 0.0, True, False)
         ctx.save_for_backward(q, k, v, found[0], found[1], found[6], found[7])
         ctx.size = size
@@ -88,7 +89,7 @@ class _Cudnn(torch.autograd.Function):
     def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         q, k, v, out, lse, seed, offset = ctx.saved_tensors
         size = ctx.size
-        grad = grads[0].contiguous().unflatten(0, (-1, size)).transpose(1, 2)
+        grad = grads[0].contiguous().view(-1, size, *grads[0].shape[1:]).transpose(1, 2)
         found = torch.ops.aten._cudnn_attention_backward(
             grad, q, k, v, out, lse, seed, offset, None, None, None, size, size, 0.0, True
         )
@@ -97,10 +98,8 @@ class _Cudnn(torch.autograd.Function):
 
 def _takes_cudnn(q: torch.Tensor, k: torch.Tensor) -> bool:
     """Where it was measured to be the faster: Hopper or newer, as many key heads as query heads."""
-    return (
-        q.shape[1:] == k.shape[1:] and q.shape[2] in (64, 128) and torch.backends.cudnn.is_available()
-        and torch.cuda.get_device_capability(q.device) >= (9, 0)
-    )  # fmt: skip
+    is_measured = q.shape[1:] == k.shape[1:] and q.shape[2] in (64, 128)
+    return is_measured and torch.cuda.get_device_capability(q.device) >= (9, 0)
 
 
 def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, documents: Documents) -> torch.Tensor:

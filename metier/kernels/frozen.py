@@ -106,7 +106,7 @@ def _transposed(weight: torch.Tensor) -> torch.Tensor:
 
 @dataclass(slots=True)
 class Nf4Weight:
-    """One weight, or several stacked by rows. `column_scale` [O] fp32 makes a row fit e4m3, where the card has units."""
+    """One weight, or several stacked by rows; `column_scale` [O] fp32 makes rows fit e4m3, where there are units."""
 
     parts: tuple[nf4.Nf4, ...]
     dtype: torch.dtype

@@ -1,7 +1,8 @@
 """4-bit NormalFloat weights in bitsandbytes' storage (Dettmers et al., 2023, arXiv 2305.14314, section 3).
 
 A weight is cut into blocks of 64; each value is a 4-bit index into 16 quantiles of the normal distribution, scaled by
-the block's largest magnitude. Those magnitudes are stored in 8 bits themselves (double quantisation): 0.516 bytes a weight.
+the block's largest magnitude. Those magnitudes are stored in 8 bits themselves (double quantisation): 0.516 bytes a
+weight.
 Byte order, tables and rounding are bitsandbytes', so its packed tensors can be read and written.
 """
 
@@ -28,8 +29,8 @@ CODE = (
 class Nf4:
     """A weight [N, K], K a multiple of 64.
 
-    packed [N, K / 2] uint8, the first of two values in the high half; absmax [N * K / 64] uint8 indices into `scale_code`;
-    absmax_scale fp32, one for 256 of them; offset, their mean, fp32 scalar.
+    packed [N, K / 2] uint8, the first of two values in the high half; absmax [N * K / 64] uint8 indices into
+    `scale_code`; absmax_scale fp32, one for 256 of them; offset, their mean, fp32 scalar.
     """
 
     packed: torch.Tensor
@@ -50,7 +51,7 @@ def code_table(device: torch.device) -> torch.Tensor:
 
 @functools.cache
 def scale_code(device: torch.device) -> torch.Tensor:
-    """The 256 values of the signed dynamic 8-bit map (Dettmers et al., 2021, arXiv 2110.02861, section 2.2), fp32, sorted."""
+    """The 256 values of the signed dynamic 8-bit map, sorted (Dettmers et al., 2021, arXiv 2110.02861, section 2.2)."""
     values: list[float] = [0.0, 1.0]
     for exponent in range(7):
         edges = torch.linspace(0.1, 1.0, 2**exponent + 1)

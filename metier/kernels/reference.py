@@ -84,8 +84,8 @@ def project_rows(
     """z = x * factor, after RMS normalisation when `eps` is given; its e4m3 form; and its projection.
 
     x [M, I]; factor [I]; down [I, R]. `segments` are the ends of the column ranges that are projected apart:
-    low[:, j R : (j+1) R] = x[:, segment j] down[segment j]. With `eps`, low is of z; without it, of x. Rows.dense is z, or
-    None when z is quantised. `largest` [M] fp32, the rows' largest magnitudes of z, spares a kernel a reading.
+    low[:, j R : (j+1) R] = x[:, segment j] down[segment j]. With `eps`, low is of z; without it, of x. Rows.dense is
+    z, or None when z is quantised. `largest` [M] fp32, the rows' largest magnitudes of z, spares a kernel a reading.
     """
     work = x if x.dtype == torch.float64 else x.float()
     rstd = None
@@ -149,7 +149,7 @@ class Heads(NamedTuple):
 
 
 class Rotation(NamedTuple):
-    """What turns a q/k/v product into q, k, v: cos, sin [M, D/2] fp32, bias [O], q_norm and k_norm [D] with their eps."""
+    """What turns a q/k/v product into q, k, v: cos, sin [M, D/2] fp32, bias [O], q_norm and k_norm [D], their eps."""
 
     cos: torch.Tensor
     sin: torch.Tensor
@@ -233,7 +233,7 @@ def swiglu(
 ) -> Rows:
     """h = silu(g) * u (Shazeer, 2020, arXiv 2002.05202) with g, u the halves of gate_up + low-rank part; as `Rows`.
 
-    gate_up [M, 2F]; low [M, 2R]; up [2F, R]; down [F, R'], the next site's projection. Rows.dense is None when quantised.
+    gate_up [M, 2F]; low [M, 2R]; up [2F, R]; down [F, R'], the next site's projection.
     """
     g, u = _gate_up(gate_up, low, up)
     h = (g * torch.sigmoid(g) * u).to(gate_up.dtype)

@@ -127,7 +127,8 @@ def project_rows(
     if down is not None and not is_fused:
         source = x
         if is_norm:
-            source = (x * rstd[:, None]).mul_(factor).to(x.dtype) if quantise else target
+            assert factor is not None
+            source = (x * rstd[:, None] * factor).to(x.dtype) if quantise else target
         starts = (0, *segments[:-1])
         low = torch.cat([source[:, a:b] @ down[a:b] for a, b in zip(starts, segments, strict=True)], 1)
     has_rows = is_norm or quantise

@@ -1,7 +1,8 @@
 """Triton kernels of the gated activation, tile by tile. CUDA only.
 
 The low-rank parts are added while the tile is in registers. Where the result is to be quantised, its rows' largest
-magnitudes are found on the way (an atomic maximum, which does not depend on the order), so that quantising reads it once.
+magnitudes are found on the way (an atomic maximum, which does not depend on the order), so that quantising reads it
+once.
 """
 
 from __future__ import annotations

@@ -1,9 +1,9 @@
 """LLaMA-family training with its own forward and backward: what the transformers model computes, at the card's speed.
 
-The layers' mathematics is transformers' (Llama, Mistral, Qwen2, Qwen3); what differs is what is kept and how often memory
-is read. A site is one or more linear layers that share their input: q/k/v, o, gate/up, down. Per site: one product with
-the frozen weight, x A^T computed while the input is normalised or quantised, and s x A^T B^T added where the output
-is read next. No gradient of a frozen weight is formed, and nothing is kept that is cheap to compute again.
+The layers' mathematics is transformers' (Llama, Mistral, Qwen2, Qwen3); what differs is what is kept and how often
+memory is read. A site is one or more linear layers that share their input: q/k/v, o, gate/up, down. Per site: one
+product with the frozen weight, x A^T computed while the input is normalised or quantised, and s x A^T B^T added where
+the output is read next. No gradient of a frozen weight is formed, and nothing is kept that is cheap to compute again.
 
 Anything else (another architecture, dropout on the adapter's input, trained biases, sliding windows) takes the
 transformers modules with plain LoRA layers; the results are equal to rounding (tests/model/test_fused.py).
@@ -34,11 +34,16 @@ ARCHITECTURES = ("llama", "mistral", "qwen2", "qwen3")
 class Batch(Protocol):
     """What a pass is given: see `metier.training.pack.PackedBatch`."""
 
-    input_ids: torch.Tensor
-    position_ids: torch.Tensor
-    loss_positions: torch.Tensor
-    loss_targets: torch.Tensor
-    lengths: tuple[int, ...]
+    @property
+    def input_ids(self) -> torch.Tensor: ...
+    @property
+    def position_ids(self) -> torch.Tensor: ...
+    @property
+    def loss_positions(self) -> torch.Tensor: ...
+    @property
+    def loss_targets(self) -> torch.Tensor: ...
+    @property
+    def lengths(self) -> tuple[int, ...]: ...
 
 
 @dataclass
@@ -107,7 +112,7 @@ class Site:
         if low_dy is None:
             return []
         whole = _mm32(low_dy.T, x)
-        parts = whole.split(self.rank)
+        parts = whole.view(len(self.ends), self.rank, -1)
         return [parts[j] for j, pair in enumerate(self.masters) if pair is not None]
 
 
@@ -160,7 +165,7 @@ def _norm_gradients(site: Site, low_dz: torch.Tensor | None, x: torch.Tensor, rs
 
 
 class _Queries(torch.autograd.Function):
-    """x [M, I] -> q, k, v after norm, product and rotation, and x again: its other reader's gradient comes back here."""
+    """x [M, I] -> q, k, v after norm, product, rotation; and x: its other reader's gradient comes back here."""
 
     @staticmethod
     def forward(ctx: Any, x: torch.Tensor, layer: Layer, rotation: Rotation, *_: torch.Tensor) -> Any:
@@ -176,7 +181,9 @@ class _Queries(torch.autograd.Function):
     def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         x, rstd, low, qkv = ctx.saved_tensors
         layer, site = ctx.layer, ctx.layer.qkv
-        dy, largest = ops.rotate_backward(grads[:3], qkv, low, site.up, layer.heads, ctx.rotation, site.factor)
+        dy, largest = ops.rotate_backward(
+            (grads[0], grads[1], grads[2]), qkv, low, site.up, layer.heads, ctx.rotation, site.factor
+        )
         ups = site.up_gradients(dy, low)
         rows = site.gradient_rows(dy, largest)
         downs = _norm_gradients(site, rows.low, x, rstd, layer.input_norm)
@@ -249,7 +256,7 @@ class _Mlp(torch.autograd.Function):
 
 
 class FusedModel:
-    """Trains `adapter` on `model`, a transformers model that it is attached to; generation goes through `model` itself."""
+    """Trains the adapter on `model`, the transformers model that it is attached to and that generates."""
 
     def __init__(self, model: Any, layers: list[Layer], recompute: Recompute) -> None:
         self.model = model
@@ -326,7 +333,7 @@ class FusedModel:
                 )
             else:
                 x = self._layer(x, layer, rotation, documents)
-        return x
+        return x  # type: ignore[no-any-return]
 
     def _layer(self, x: torch.Tensor, layer: Layer, rotation: Rotation, documents: Documents) -> torch.Tensor:
         q, k, v, x = _Queries.apply(x, layer, rotation, *layer.qkv.parameters)  # type: ignore[no-untyped-call]

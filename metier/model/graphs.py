@@ -1,9 +1,9 @@
-"""A pass as one CUDA graph: where launching kernels takes longer than running them, that is, small models and short steps.
+"""A pass as one CUDA graph, where launching kernels takes longer than running them: small models and short steps.
 
 A graph wants fixed sizes. So a pass is padded to a bucket: tokens to at most an eighth more, supervised positions to an
 eighth, a quarter, half or all of the tokens, documents to a power of two. Padding tokens are documents of their own and
-carry no loss, so that nothing of a record changes. A bucket is recorded when it is first met (about a second) and replayed
-from then on; all share one memory pool.
+carry no loss, so that nothing of a record changes. A bucket is recorded when it is first met (about a second) and
+replayed from then on; all share one memory pool.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import torch
 from metier.kernels.attention import Documents
 
 MAX_GRAPHS = 48
-# Below this many (tokens x weights of a layer) a layer's kernels are shorter than their launches (H100, one host thread).
+# Below this many (tokens x weights of a layer) a layer's kernels are shorter than their launches (H100, one thread).
 MAX_WORK = 5e11
 
 
@@ -106,7 +106,7 @@ class GraphedPasses:
             return loss.detach()
 
         kept = [grad.clone() for grad in self.grads]
-        stream = torch.cuda.Stream()
+        stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
         stream.wait_stream(torch.cuda.current_stream())
         graph = torch.cuda.CUDAGraph()
         try:

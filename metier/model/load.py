@@ -81,9 +81,10 @@ def load_base(
 ) -> Base:
     """Loads a base model and its tokenizer onto `device` in `dtype`, frozen, with SDPA attention.
 
-    With `storage` fp8 or nf4 its linear layers but the head are quantised. Raises `ModelError` for what
-    `resolve_base` refuses, a checkpoint that needs code of its own, an architecture that transformers does not have,
-    damaged or missing weights, a missing tokenizer, and a vocabulary that is larger than the embeddings.
+    With `storage` fp8 or nf4 its linear layers but the head are quantised. Raises `ModelError` for a storage that the
+    device cannot work with, for what `resolve_base` refuses, a checkpoint that needs code of its own, an architecture
+    that transformers does not have, damaged or missing weights, a missing tokenizer, and a vocabulary that is larger
+    than the embeddings.
     """
     check_storage(storage, device)
     name = str(path_or_name)

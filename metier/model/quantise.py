@@ -1,7 +1,7 @@
-"""Frozen linear layers whose weights are kept in e4m3 or NF4, one layer at a time, so that a model fits as it is loaded.
+"""Frozen linear layers with weights in e4m3 or NF4, made one at a time, so that a model fits while it is loaded.
 
-A `FrozenLinear` stands where the linear layer stood, for training, generation and scoring alike. Embeddings, norms and the
-output head keep the model's dtype.
+A `FrozenLinear` stands where the linear layer stood, for training, generation and scoring alike. Embeddings, norms
+and the output head keep the model's dtype.
 """
 
 from __future__ import annotations

@@ -51,7 +51,8 @@ def fused_of(model: Any, adapter: Adapter, recompute: Recompute = "none") -> Fus
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize(
     "settings",
-    [{}, {"rank": 1, "alpha": 2, "use_rslora": True}, {"target_modules": ["q_proj", "v_proj"]}, {"target_modules": ["down_proj"]},
+    [{}, {"rank": 1, "alpha": 2, "use_rslora": True}, {"target_modules": ["q_proj", "v_proj"]},
+     {"target_modules": ["down_proj"]},
      {"target_modules": ["model.layers.1.mlp.up_proj", "model.layers.0.self_attn.o_proj"]}],
     ids=str,
 )  # fmt: skip

@@ -1,0 +1,121 @@
+"""What a training step is made of, each piece alone on one CUDA GPU: products, attention, the adapter's parts, copies.
+
+    python benchmarks/bench_kernels.py
+
+LLaMA-2-7B's sizes, 8,192 tokens, r=16, random data; median time in microseconds, and TFLOP/s where it is a product.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import torch
+from triton.testing import do_bench
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+from metier.kernels import ops
+from metier.kernels.attention import Documents, attend
+from metier.kernels.frozen import Fp8Weight, Nf4Weight, freeze
+from metier.kernels.reference import Heads, Rotation, Rows, quantise_rows
+
+TOKENS, HIDDEN, INNER, RANK = 8192, 4096, 11008, 16
+Piece = tuple[str, Callable[[], object], float]
+
+
+def bf16(*shape: int) -> torch.Tensor:
+    return torch.randn(*shape, device="cuda", dtype=torch.bfloat16)
+
+
+def products() -> Iterator[Piece]:
+    for rows, cols in ((12288, HIDDEN), (2 * INNER, HIDDEN), (HIDDEN, INNER), (HIDDEN, HIDDEN)):
+        work = 2.0 * TOKENS * rows * cols
+        for extra in (0, 64):
+            x, w = bf16(TOKENS, cols + extra), bf16(rows, cols + extra)
+            yield f"bf16 {cols}+{extra} -> {rows}", (lambda x=x, w=w: x @ w.T), work
+        dy = bf16(TOKENS, rows)
+        w = bf16(rows, cols)
+        yield f"bf16 dX {rows} -> {cols}", (lambda dy=dy, w=w: dy @ w), work
+        frozen, eight = freeze(w, "fp8"), Rows(None, *quantise_rows(bf16(TOKENS, cols)))
+        yield f"fp8 {cols} -> {rows}", (lambda f=frozen, e=eight: f.matmul(e)), work
+        y, low, up = bf16(TOKENS, rows), bf16(TOKENS, RANK), bf16(rows, RANK)
+        yield f"adding the low-rank part by addmm_, {rows}", (lambda y=y, lo=low, up=up: y.addmm_(lo, up.T)), 0.0
+    weight = freeze(bf16(2 * INNER, HIDDEN), "nf4")
+    assert isinstance(weight, Nf4Weight)
+    yield "nf4 -> e4m3, gate/up", lambda: weight._to_fp8(transposed=False), 0.0
+    yield "nf4 -> e4m3, transposed", lambda: weight._to_fp8(transposed=True), 0.0
+    eighth = freeze(bf16(2 * INNER, HIDDEN), "fp8")
+    assert isinstance(eighth, Fp8Weight)
+    yield "e4m3 transposed", eighth.keep_transposed, 0.0
+
+
+def attention() -> Iterator[Piece]:
+    for size in (512, 2048):
+        for is_equal in (True, False):
+            # A first document shorter than the others keeps cuDNN out.
+            count = TOKENS // size
+            lengths = (size,) * count if is_equal else (size - 8, *(size,) * (count - 1), 8)
+            documents = Documents.of(lengths, torch.device("cuda"), is_flash=True)
+            q, k, v = (bf16(TOKENS, 32, 128).requires_grad_() for _ in range(3))
+            grad = bf16(TOKENS, 32, 128)
+            out = attend(q, k, v, documents)
+            name = f"{'cuDNN' if is_equal else 'FlashAttention-2'}, documents of {size}"
+            yield f"{name}, forward", (lambda a=(q, k, v, documents): attend(*a)), 0.0
+            yield (
+                f"{name}, backward",
+                (lambda o=out, g=grad, a=(q, k, v): torch.autograd.grad(o, a, g, retain_graph=True)),
+                0.0,
+            )
+
+
+def row_and_tile_kernels() -> Iterator[Piece]:
+    x, weight, a = bf16(TOKENS, HIDDEN), bf16(HIDDEN), bf16(3 * RANK, HIDDEN)
+    both, low, up = bf16(TOKENS, 2 * INNER), bf16(TOKENS, 2 * RANK), bf16(2 * INNER, RANK) * 0.1
+    dh, down = bf16(TOKENS, INNER), bf16(RANK, INNER) * 0.1
+    one, factor = bf16(TOKENS, RANK), torch.rand(2 * INNER, device="cuda")
+    heads = Heads(32, 32, 128)
+    qkv, low3, up3 = bf16(TOKENS, heads.ends[2]), bf16(TOKENS, 3 * RANK), bf16(heads.ends[2], RANK)
+    angle = torch.randn(TOKENS, 64, device="cuda")
+    rotation = Rotation(angle.cos(), angle.sin())
+    grads = tuple(bf16(TOKENS, 32, 128) for _ in range(3))
+    logits, targets = bf16(4096, 32000), torch.randint(0, 32000, (4096,), device="cuda")
+    for quantise in (False, True):
+        word = "e4m3" if quantise else "bf16"
+        options = {"factor": weight, "down": a.T, "segments": (HIDDEN,), "eps": 1e-5, "quantise": quantise}
+        yield f"norm to {word}, with the projection", (lambda o=options: ops.project_rows(x, **o)), 0.0
+        yield (
+            f"SwiGLU to {word}, with the projection",
+            (lambda q=quantise: ops.swiglu(both, low, up, down=down.T, quantise=q)),
+            0.0,
+        )
+        yield (
+            f"SwiGLU backward to {word}, with the projection",
+            (
+                lambda q=quantise: ops.swiglu_backward(
+                    dh, both, low, up, low_dh=one, down=down, factor=factor if q else None, quantise=q
+                )
+            ),
+            0.0,
+        )
+    options = {"weight": weight, "rstd": torch.rand(TOKENS, device="cuda"), "low": low3, "down": a, "residual": x}
+    yield "norm backward", lambda: ops.norm_backward(x, x, **options), 0.0
+    yield "rotary", lambda: ops.rotate(qkv, low3, up3, heads, rotation), 0.0
+    yield "rotary backward", lambda: ops.rotate_backward(grads, None, None, None, heads, rotation), 0.0
+    yield "residual and low-rank part", lambda: ops.add_low_rank(x, x, one, up3[:HIDDEN]), 0.0
+    yield "cross-entropy, 4096 x 32000", lambda: ops.cross_entropy_rows(logits, targets), 0.0
+    yield "copy of x", x.clone, 0.0
+
+
+def main() -> None:
+    torch.manual_seed(0)
+    for pieces in (products(), attention(), row_and_tile_kernels()):
+        for name, run, work in pieces:
+            ms = do_bench(run, warmup=8, rep=40, return_mode="median")
+            rate = f"{work / ms / 1e9:8.0f}" if work else ""
+            print(f"{name:50s} {ms * 1e3:9.1f} us {rate}", flush=True)
+
+
+if __name__ == "__main__":
+    main()
