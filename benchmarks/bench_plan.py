@@ -33,6 +33,7 @@ CASES: list[tuple[str, str, str, str, int, int]] = [
     ("7B", "fused", "bf16", "mlp", 8192, 0),
     ("7B", "fused", "bf16", "full", 8192, 0),
     ("7B", "fused", "fp8", "none", 8192, 0),
+    ("7B", "fused", "fp8, one copy", "full", 8192, 0),
     ("7B", "fused", "nf4", "full", 2048, 0),
     ("7B", "generic", "bf16", "none", 2048, 0),
     ("7B", "generic", "bf16", "full", 2048, 0),
@@ -52,7 +53,7 @@ def make_base(shape: str, precision: str) -> Any:
     from metier.model.load import Base, empty_model, storage_of
     from metier.model.quantise import quantise_linear
 
-    device, storage = torch.device("cuda"), storage_of(precision)  # type: ignore[arg-type]
+    device, storage = torch.device("cuda"), storage_of(precision.partition(",")[0])  # type: ignore[arg-type]
     config = transformers.LlamaConfig(**SHAPES[shape])
     model = empty_model(config, torch.bfloat16)
     for name, module in list(model.named_modules()):
@@ -77,7 +78,7 @@ def work(case: tuple[str, str, str, str, int, int]) -> None:
     from metier.training import loop
     from metier.training.cards import GIB, card_here
     from metier.training.fit import job_of
-    from metier.training.memory import shape_of
+    from metier.training.memory import LEAN_FP8, shape_of
     from metier.training.plan import best, choices
     from metier.training.schedule import make_plan
 
@@ -88,7 +89,7 @@ def work(case: tuple[str, str, str, str, int, int]) -> None:
     if limit:  # what the process may hold: the limit without the context's own share
         torch.cuda.set_per_process_memory_fraction((limit - 0.6) * GIB / whole)
     if path == "generic":
-        loop.fuse = lambda *_: None  # type: ignore[assignment]
+        loop.fuse = lambda *_, **__: None  # type: ignore[assignment]
     base = make_base(shape_name, precision)
     config = TrainConfig(
         micro_batch_size=32, max_steps=STEPS, micro_batch_tokens=tokens or "auto", recompute=recompute,  # type: ignore[arg-type]
@@ -115,6 +116,7 @@ def work(case: tuple[str, str, str, str, int, int]) -> None:
     adapter = attach(base.model, AdapterConfig(), seed=0)
     plan = make_plan(config, len(records) * STEPS, shape.hidden, device)
     plan = replace(plan, micro_batch_tokens=chosen.micro_batch_tokens, recompute=chosen.recompute)
+    plan = replace(plan, fp8_copies=1 if chosen.precision == LEAN_FP8 else 2)
     trainer = loop.Trainer(base, adapter, config, plan, 0, records * STEPS, [], ROOT, print)
     base.model.train()
     loop.set_recompute(trainer.model, chosen.recompute)

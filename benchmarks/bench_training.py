@@ -347,8 +347,8 @@ def write_report(lines: list[str]) -> None:
     text = [
         "# LoRA training on one H100: metier and its peers", "",
         "`python benchmarks/bench_training.py`; random weights of the shape, all-linear r=16, alpha 32, no dropout,",
-        "fused AdamW, loss on every token, each row in a process of its own, the median of 8 steps. mfu: the arithmetic of",
-        "forward and dX over 989 TFLOP/s (bf16's peak, also in the rows that multiply in FP8).", "",
+        "fused AdamW, loss on every token, each row in a process of its own, the median of 8 steps. mfu: arithmetic",
+        "of forward and dX over 989 TFLOP/s (bf16's peak, also in the rows that multiply in FP8).", "",
         "| row | shape | records x tokens | tokens/s | ms a step (least, most) | peak GiB | mfu |",
         "|---|---|---|---:|---:|---:|---:|",
     ]  # fmt: skip

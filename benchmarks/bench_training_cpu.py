@@ -274,13 +274,15 @@ def main() -> None:
         make_job(folder, folder / "run")
         results: dict[str, list[dict[str, Any]]] = {name: [] for name in names}
         first_step = []
+        job = json.loads((folder / "job.json").read_text())
         for number in range(ROUNDS):
             first_step.append(seconds_to_first_step(folder / "run", environment))
             print(f"first step after {first_step[-1]:.1f} s", flush=True)
             for name in names if number % 2 == 0 else reversed(names):
                 results[name].append(run_contender(name, folder, environment))
-        job = json.loads((folder / "job.json").read_text())
-    print(write_report(results, first_step, job, arguments.machine).read_text())
+            # After each round, so that a run that is cut off has left what it measured.
+            report = write_report(results, first_step, job, arguments.machine)
+    print(report.read_text())
 
 
 if __name__ == "__main__":

@@ -128,6 +128,7 @@ def _print_job(model: Any, recipe: Any, card: Any, job: Any, records: int | None
 
 def _print_choice(found: Any, speed: Any, card: Any, recipe: Any, job: Any, records: int | None) -> None:
     from metier.training.cards import GIB
+    from metier.training.plan import USED_AT_MOST
 
     chosen = found.chosen
     how = f"recomputation: {chosen.recompute}, passes of {chosen.micro_batch_tokens} tokens"
@@ -142,14 +143,14 @@ def _print_choice(found: Any, speed: Any, card: Any, recipe: Any, job: Any, reco
     rates = {key(way): way.tok_per_sec for way in speed.ways}
     rate = rates[key(chosen)]
     typer.echo(f"speed: about {rate:,.0f} tok/s (an estimate){_duration(recipe, job, records, rate)}")
-    typer.echo("ways: precision  recompute  tokens in a pass     GiB     tok/s")
+    typer.echo("ways: precision      recompute  tokens in a pass     GiB     tok/s")
     groups = dict.fromkeys((way.precision, way.recompute) for way in found.ways)
     for group in groups:
         ways = [way for way in found.ways if (way.precision, way.recompute) == group]
-        fitting = [way for way in ways if way.total_bytes <= card.memory_bytes]
+        fitting = [way for way in ways if way.total_bytes <= USED_AT_MOST * card.memory_bytes]
         way = max(fitting, key=lambda w: rates[key(w)]) if fitting else min(ways, key=lambda w: w.total_bytes)
         typer.echo(
-            f"      {way.precision:<11}{way.recompute:<11}{way.micro_batch_tokens:>16}"
+            f"      {way.precision:<15}{way.recompute:<11}{way.micro_batch_tokens:>16}"
             f"{way.total_bytes / GIB:>8.1f}{rates[key(way)]:>10,.0f}{'' if fitting else '  does not fit'}"
         )
 

@@ -29,6 +29,24 @@ class Pass(Protocol):
     ) -> torch.Tensor: ...  # fmt: skip
 
 
+@dataclass(frozen=True, slots=True)
+class Bucket:
+    """Sizes of a padded pass; `lengths` are its documents', the padding's last."""
+
+    lengths: tuple[int, ...]
+    num_positions: int
+    num_documents: int
+    max_seqlen: int
+
+    @property
+    def num_tokens(self) -> int:
+        return sum(self.lengths)
+
+    @property
+    def key(self) -> tuple[int, int, int, int]:
+        return self.num_tokens, self.num_positions, self.num_documents, self.max_seqlen
+
+
 @dataclass
 class _Recorded:
     graph: torch.cuda.CUDAGraph
@@ -50,36 +68,34 @@ class GraphedPasses:
 
     def accumulate(self, batch: Any, weight: torch.Tensor) -> torch.Tensor | None:
         """The pass's loss, its gradient times `weight` added; None when there are too many buckets already."""
-        lengths = self._padded(batch.lengths)
-        num_tokens, num_loss = sum(lengths), batch.loss_targets.shape[0]
-        num_positions = next(
-            n for n in (num_tokens // 8, num_tokens // 4, num_tokens // 2, num_tokens) if n >= num_loss
-        )
-        key = (num_tokens, num_positions, self.num_documents, self.max_seqlen)
-        if key not in self.recorded and len(self.recorded) >= MAX_GRAPHS:
+        bucket = self.bucket(batch)
+        if bucket.key not in self.recorded and len(self.recorded) >= MAX_GRAPHS:
             return None
-        inputs = _padded_inputs(batch, lengths, num_positions, self.num_documents)
+        inputs = padded_inputs(batch, bucket)
         inputs["weight"] = weight
         self._attach_grads()
-        if key not in self.recorded:
-            self.recorded[key] = self._record(inputs)
-        found = self.recorded[key]
+        if bucket.key not in self.recorded:
+            self.recorded[bucket.key] = self._record(inputs)
+        found = self.recorded[bucket.key]
         for name, value in inputs.items():
             found.buffers[name].copy_(value, non_blocking=True)
         found.graph.replay()
         return found.loss.clone()
 
-    def _padded(self, lengths: tuple[int, ...]) -> list[int]:
-        """`lengths` and the padding's, to a whole bucket; the limits on documents grow and never shrink."""
-        total = sum(lengths)
+    def bucket(self, batch: Any) -> Bucket:
+        """The sizes that `batch` is padded to. The limits on documents grow and never shrink."""
+        total = sum(batch.lengths)
         grain = max(128, 1 << max(0, total.bit_length() - 4))
-        self.max_seqlen = max(self.max_seqlen, 1 << (max(lengths) - 1).bit_length())
-        padded, rest = list(lengths), -total % grain
+        self.max_seqlen = max(self.max_seqlen, 1 << (max(batch.lengths) - 1).bit_length())
+        lengths, rest = list(batch.lengths), -total % grain
         while rest > 0:
-            padded.append(min(rest, self.max_seqlen))
-            rest -= padded[-1]
-        self.num_documents = max(self.num_documents, 1 << (len(padded) - 1).bit_length())
-        return padded
+            lengths.append(min(rest, self.max_seqlen))
+            rest -= lengths[-1]
+        self.num_documents = max(self.num_documents, 1 << (len(lengths) - 1).bit_length())
+        num_tokens, num_loss = sum(lengths), batch.loss_targets.shape[0]
+        sizes = (num_tokens // 8, num_tokens // 4, num_tokens // 2, num_tokens)
+        num_positions = next(size for size in sizes if size >= num_loss)
+        return Bucket(tuple(lengths), num_positions, self.num_documents, self.max_seqlen)
 
     def _attach_grads(self) -> None:
         """The graphs write to the same gradients each time; a step that cleared them gets them back, zeroed."""
@@ -125,19 +141,18 @@ class GraphedPasses:
         return _Recorded(graph, buffers, loss)
 
 
-def _padded_inputs(batch: Any, lengths: list[int], num_positions: int, num_documents: int) -> dict[str, torch.Tensor]:
+def padded_inputs(batch: Any, bucket: Bucket) -> dict[str, torch.Tensor]:
     """The batch's tensors at the bucket's sizes. Positions that carry no loss have the target -100."""
     device = batch.input_ids.device
-    num_tokens, own = sum(lengths), batch.input_ids.shape[1]
-    starts = torch.tensor([0, *lengths]).cumsum(0)
-    cu_seqlens = torch.full((num_documents + 1,), num_tokens, dtype=torch.int32)
+    starts = torch.tensor([0, *bucket.lengths]).cumsum(0)
+    cu_seqlens = torch.full((bucket.num_documents + 1,), bucket.num_tokens, dtype=torch.int32)
     cu_seqlens[: len(starts)] = starts
-    padding = lengths[len(batch.lengths) :]
+    padding = bucket.lengths[len(batch.lengths) :]
     tail = torch.cat([torch.arange(n) for n in padding]) if padding else torch.zeros(0, dtype=torch.int64)
-    pad = num_positions - batch.loss_targets.shape[0]
+    pad = bucket.num_positions - batch.loss_targets.shape[0]
     functional = torch.nn.functional
     return {
-        "input_ids": functional.pad(batch.input_ids, (0, num_tokens - own)),
+        "input_ids": functional.pad(batch.input_ids, (0, bucket.num_tokens - batch.input_ids.shape[1])),
         "position_ids": torch.cat([batch.position_ids, tail.to(device)[None]], 1),
         "positions": functional.pad(batch.loss_positions, (0, pad)),
         "targets": functional.pad(batch.loss_targets, (0, pad), value=-100),

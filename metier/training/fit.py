@@ -8,20 +8,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import cast, get_args
+from typing import cast
 
 from metier.errors import RecipeError, RunError
 from metier.model.chat import Rendered
 from metier.model.load import Precision
 from metier.recipe import AdapterConfig, TrainConfig
 from metier.training.cards import GIB, Card
-from metier.training.memory import Shape
+from metier.training.memory import LEAN_FP8, Shape
 from metier.training.plan import Choice, Job, best, choices
-
-# What `train.precision` takes in this version.
-AVAILABLE = tuple(
-    name for part in get_args(TrainConfig.model_fields["precision"].annotation) for name in get_args(part) or (part,)
-)
 
 
 def precisions_for(config: TrainConfig, card: Card) -> list[str]:
@@ -30,18 +25,17 @@ def precisions_for(config: TrainConfig, card: Card) -> list[str]:
     Raises `RecipeError` for one that the card has no units for.
     """
     half = "bf16" if card.has_bf16 else "fp16"
-    asked: str = config.precision
+    asked = config.precision
     if asked != "auto":
         if asked == "fp8" and not card.fp8_tflops:
             raise RecipeError(
                 f"`train.precision: fp8` needs a card of compute capability 8.9 or newer, and {card.name} is none",
                 hint=f"`train.precision: auto` takes what fits, {half} first",
             )
-        return [asked]
+        return [asked, LEAN_FP8] if asked == "fp8" else [asked]
     if card.is_cpu:
         return ["bf16" if card.has_bf16 else "fp32"]
-    open_ = [half, *(["fp8"] if card.fp8_tflops else []), "nf4"]
-    return [name for name in open_ if name in AVAILABLE]
+    return [half, *(["fp8", LEAN_FP8] if card.fp8_tflops else []), "nf4"]
 
 
 def job_of(records: Sequence[Rendered], adapter: AdapterConfig, config: TrainConfig) -> Job:
@@ -86,16 +80,16 @@ def precision_that_fits(shape: Shape, card: Card, config: TrainConfig) -> Precis
     least = fit(shape, Job(64, 64, 0.5, 1, dropout=False), card, config)
     if least.chosen is None:
         raise cannot_fit(least.leanest, card, config)
-    return cast(Precision, least.chosen.precision)
+    return cast(Precision, least.chosen.precision.partition(",")[0])
 
 
 def cannot_fit(leanest: Choice, card: Card, config: TrainConfig) -> RunError:
     """The error for a job that no way of training fits: how much it misses, and what would fit."""
     needed, held = leanest.total_bytes / GIB, card.memory_bytes / GIB
     part, size = max(leanest.memory.items(), key=lambda item: item[1])
-    fewer = [name for name in ("fp8", "nf4") if name in AVAILABLE and config.precision not in ("auto", name)]
     ideas = [f"a card of {needed:.1f} GiB", "a smaller base"]
-    ideas += [f"`train.precision: {fewer[-1]}`"] if fewer else []
+    if config.precision not in ("auto", "nf4") and not card.is_cpu:
+        ideas.append("`train.precision: nf4`")
     if part in ("activations", "loss"):
         ideas.insert(0, "a smaller `train.max_seq_len`")
         if leanest.recompute != "full":

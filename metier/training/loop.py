@@ -62,7 +62,7 @@ class Trainer:
             list(self.adapter.parameters.values()), lr=self.plan.peak_learning_rate,
             weight_decay=self.config.weight_decay, fused=True,
         )  # fmt: skip
-        self.model = fuse(self.base.model, self.adapter) or self.base.model
+        self.model = fuse(self.base.model, self.adapter, fp8_copies=self.plan.fp8_copies) or self.base.model
         self.has_val = ranks.totals(len(self.val_batches))[0] > 0
         is_fp16 = self.base.dtype == torch.float16
         self.scaler = torch.amp.GradScaler(self.base.device.type, enabled=is_fp16)

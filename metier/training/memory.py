@@ -15,8 +15,10 @@ from metier.model.fused import is_fused_architecture
 from metier.model.lora import target_names
 from metier.recipe import AdapterConfig
 
+# Keeps e4m3 weights once and transposes them at each use, where `fp8` keeps the transposed ones too.
+LEAN_FP8 = "fp8, one copy"
 # Bytes of one frozen weight: nf4 has an 8-bit scale for 64 and an fp32 one for 64 x 256; fp8 one scale a row.
-WEIGHT_BYTES = {"fp32": 4.0, "bf16": 2.0, "fp16": 2.0, "fp8": 1.0, "nf4": 0.516}
+WEIGHT_BYTES = {"fp32": 4.0, "bf16": 2.0, "fp16": 2.0, "fp8": 2.0, LEAN_FP8: 1.0, "nf4": 0.516}
 LOSS_CHUNK = 1024
 
 

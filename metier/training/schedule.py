@@ -29,6 +29,7 @@ class Plan:
     micro_batch_tokens: int
     eval_every: int
     recompute: str = "none"
+    fp8_copies: int = 2
 
 
 def make_plan(config: TrainConfig, num_records: int, hidden_size: int, device: torch.device) -> Plan:

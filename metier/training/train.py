@@ -29,7 +29,7 @@ from metier.training.cards import GIB, card_here
 from metier.training.fit import job_of
 from metier.training.labels import LabelReport, render_records
 from metier.training.loop import Report, Trainer
-from metier.training.memory import shape_of
+from metier.training.memory import LEAN_FP8, shape_of
 from metier.training.pack import pack_batches
 from metier.training.plan import CONTEXT_BYTES, best, choices
 from metier.training.schedule import Plan, make_plan, seed_of
@@ -122,9 +122,9 @@ def fitted(
     """
     shape = shape_of(empty_model(base.model.config, base.dtype), adapter)
     card, job = card_here(base.device), job_of(records, adapter, config)
-    names = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16"}
-    ways = choices(shape, job, card, config, [names.get(base.precision, base.precision)])
-    loaded = ways[0].memory["frozen base"] + (0 if card.is_cpu else CONTEXT_BYTES)
+    names = {"float32": ["fp32"], "bfloat16": ["bf16"], "float16": ["fp16"], "fp8": ["fp8", LEAN_FP8]}
+    ways = choices(shape, job, card, config, names.get(base.precision, [base.precision]))
+    loaded = min(way.memory["frozen base"] for way in ways) + (0 if card.is_cpu else CONTEXT_BYTES)
     chosen = best(ways, card.memory_bytes + loaded)
     if chosen is None:
         chosen = min(ways, key=lambda way: way.total_bytes)
@@ -133,7 +133,8 @@ def fitted(
     chosen = ranks.from_first(chosen)
     say(f"passes of {chosen.micro_batch_tokens} tokens, recomputation: {chosen.recompute}; "
         f"{(chosen.total_bytes - loaded) / GIB:.1f} GiB beside the base expected")  # fmt: skip
-    return replace(plan, micro_batch_tokens=chosen.micro_batch_tokens, recompute=chosen.recompute)
+    copies = 1 if chosen.precision == LEAN_FP8 else 2
+    return replace(plan, micro_batch_tokens=chosen.micro_batch_tokens, recompute=chosen.recompute, fp8_copies=copies)
 
 
 def _loop(trainer: Trainer, work: Path, report_to: list[str], run_name: str, report: Report) -> None:

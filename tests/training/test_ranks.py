@@ -60,7 +60,7 @@ def losses(out: Path, name: str = "loss") -> list[float]:
 def one(recipe: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("one") / "run"
     process = start(recipe, out, 1)
-    _, stderr = process.communicate(timeout=120)
+    _, stderr = process.communicate(timeout=600)
     assert process.returncode == 0, stderr
     return out
 
@@ -81,7 +81,7 @@ def assert_equal(one: Path, two: Path) -> None:
 
 def test_two_processes_learn_what_one_learns_and_one_of_them_writes(recipe: Path, one: Path, tmp_path: Path) -> None:
     process = start(recipe, tmp_path / "run", 2)
-    stdout, stderr = process.communicate(timeout=200)
+    stdout, stderr = process.communicate(timeout=600)
     assert process.returncode == 0, stderr
     assert_equal(one, tmp_path / "run")
     assert stdout.count("report:") == 1
@@ -98,12 +98,12 @@ def test_two_processes_stopped_by_sigterm_go_on_where_they_were(recipe: Path, on
     while process.poll() is None and not (metrics.exists() and metrics.read_bytes().count(b"\n") >= 2):
         time.sleep(0.002)
     process.send_signal(signal.SIGTERM)
-    _, stderr = process.communicate(timeout=100)
+    _, stderr = process.communicate(timeout=600)
     assert process.returncode != 0
     assert not (out / "adapter").exists(), "the run was over before it was stopped"
     assert list((out / ".adapter.partial" / "checkpoints").glob("step-*"))
     process = start(recipe, out, 2)
-    _, stderr = process.communicate(timeout=200)
+    _, stderr = process.communicate(timeout=600)
     assert process.returncode == 0, stderr
     assert "resuming after step" in stderr
     assert_equal(one, out)
