@@ -278,7 +278,7 @@ def main() -> None:
             hostile(),
             "## 100,000 rows",
             "A process that finds the encoding, the dialect and the columns, then reads every row. The trial of a "
-            "workbook in another process is not in its CPU-s.",
+            "workbook or Parquet file in another process is not in its CPU-s.",
             throughput(Path(folder)),
             "## Cleaning",
             cleaning(),
