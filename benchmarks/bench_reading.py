@@ -277,7 +277,8 @@ def main() -> None:
             "`csv.Sniffer`, `json`.",
             hostile(),
             "## 100,000 rows",
-            "A process that finds the encoding, the dialect and the columns, then reads every row.",
+            "A process that finds the encoding, the dialect and the columns, then reads every row. The trial of a "
+            "workbook or Parquet file in another process is not in its CPU-s.",
             throughput(Path(folder)),
             "## Cleaning",
             cleaning(),

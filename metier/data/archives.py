@@ -67,7 +67,7 @@ def open_packed(packed: Packed) -> Iterator[io.BufferedReader[Any]]:
         else:
             with open(path, "rb", buffering=2**16) as plain:
                 yield plain  # type: ignore[misc]
-    except (zipfile.BadZipFile, OSError, EOFError, zlib.error, NotImplementedError) as error:
+    except (zipfile.BadZipFile, OSError, EOFError, zlib.error, NotImplementedError, UnicodeDecodeError) as error:
         if isinstance(error, OSError) and not member and path.suffix.lower() != ".gz":
             raise
         raise DataError(f"`{path}` is damaged or cut off: {error}", hint="copy or export it again") from None

@@ -13,8 +13,6 @@ from __future__ import annotations
 import contextlib
 import datetime
 import io
-import subprocess
-import sys
 import zipfile
 from collections.abc import Iterator
 from functools import lru_cache
@@ -25,11 +23,11 @@ import python_calamine
 from metier.data.archives import Packed, open_packed
 from metier.data.dialects import MAX_TITLE_ROWS, column_names, looks_like_header
 from metier.data.lines import Row, Source
+from metier.data.trial import survives
 from metier.errors import DataError
 
 MAX_UNPACKED = 2 * 2**30
 EXACT_DIGITS = 15
-TRIAL_S = 300
 # The reader is compiled code that a damaged workbook can make abort: another process reads it first.
 _TRIAL = """
 import io, sys
@@ -107,12 +105,7 @@ def _workbook(packed: Packed, size: int, changed: int) -> python_calamine.Calami
             unpacked = sum(info.file_size for info in archive.infolist())
             if unpacked > MAX_UNPACKED:
                 raise DataError(f"`{packed.path}` unpacks to {unpacked // 2**20:,} MiB", hint="save its sheets as CSV")
-    try:
-        tried = subprocess.run([sys.executable, "-c", _TRIAL], input=raw, capture_output=True, timeout=TRIAL_S)
-        is_sound = tried.returncode == 0
-    except subprocess.TimeoutExpired:
-        is_sound = False
-    if not is_sound:
+    if not survives(_TRIAL, raw):
         raise DataError(
             f"`{packed.path}` is no Excel workbook, or a damaged one, or has a password", hint="save it again as xlsx"
         )

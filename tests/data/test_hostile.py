@@ -163,7 +163,7 @@ def test_no_noise_breaks_a_reader(tmp_path: Path, raw: bytes, name: str) -> None
 
 
 @pytest.mark.parametrize("name", ["a.xlsx", "a.xls", "a.parquet", "a.zip", "a.jsonl.gz"])
-@settings(max_examples=15, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=10, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(data=st.data())
 def test_no_damage_breaks_a_reader(tmp_path: Path, name: str, data: st.DataObject) -> None:
     good = bytearray(WHOLE[name]())

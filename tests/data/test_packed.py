@@ -155,3 +155,11 @@ def test_a_named_encoding_wins_and_an_unknown_one_is_a_sentence(tmp_path: Path) 
     assert describe_source(source)["encoding"] == "SHIFT_JIS (named in the recipe)"
     with pytest.raises(DataError, match="there is no encoding `shift-jit`"):
         fields(sources_of(tmp_path / "a.csv", raw, encoding="shift-jit")[0])
+
+
+def test_a_member_whose_name_is_broken_is_a_sentence(tmp_path: Path) -> None:
+    raw = bytearray(zipped({"a.csv": PLAIN.encode()}))
+    raw[7] |= 0x08  # the local name says that it is UTF-8
+    raw[32] = 0xB2
+    with pytest.raises(DataError, match="damaged or cut off"):
+        fields(sources_of(tmp_path / "a.zip", bytes(raw))[0])
