@@ -214,7 +214,7 @@ def _deduplicate(
         accounts.records, merged = merge_exact(accounts.records)
         accounts.merged += merged
     comparison = Comparison(accounts.records, task)
-    if config.near != "off":
+    if config.near != "ignore":
         accounts.pairs = find_pairs(accounts.records, comparison, config.threshold)
     for problem, records in test_leaks(accounts.records, accounts.pairs).items():
         accounts.reject(records, problem)
@@ -265,7 +265,7 @@ def _certify(
     accounts: Accounts, splits: dict[int, str], made: list[Record], comparison: Comparison, recipe: Recipe
 ) -> dict[str, Any]:
     """Takes out what still leaks, and says what was checked and what a split by rows would have leaked."""
-    is_near, threshold = recipe.dedup.near != "off", recipe.dedup.threshold
+    is_near, threshold = recipe.dedup.near != "ignore", recipe.dedup.threshold
     records = [*accounts.records, *made]
     of = [splits[id(record)] for record in records]
     late: list[Record] = []

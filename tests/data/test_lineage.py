@@ -32,7 +32,7 @@ def prepared(folder: Path, **sections: Any) -> tuple[Recipe, Path]:
     values = {
         "base": "none",
         "data": {"sources": ["a.csv"], "group_id": "patient"},
-        "dedup": {"near": "off"},
+        "dedup": {"near": "ignore"},
         **sections,
     }
     recipe.write_text(json.dumps({"out": str(folder / "run"), **values}))
