@@ -9,17 +9,20 @@ from __future__ import annotations
 
 from metier.recipe.augment import AugmentConfig
 from metier.recipe.balance import BalanceConfig
+from metier.recipe.clean import CleanConfig
 from metier.recipe.data import DataConfig
 from metier.recipe.dedup import DedupConfig
 from metier.recipe.evaluate import EvaluateConfig
 from metier.recipe.read import load_recipe, parse_recipe
 from metier.recipe.recipe import CLASSIC, Recipe
 from metier.recipe.section import Section
+from metier.recipe.serve import ServeConfig
 from metier.recipe.train import AdapterConfig, TrainConfig
 
 __all__ = [
     "CLASSIC",
     "AdapterConfig",
+    "CleanConfig",
     "AugmentConfig",
     "BalanceConfig",
     "DataConfig",
@@ -27,6 +30,7 @@ __all__ = [
     "EvaluateConfig",
     "Recipe",
     "Section",
+    "ServeConfig",
     "TrainConfig",
     "load_recipe",
     "parse_recipe",
