@@ -39,14 +39,18 @@ def main() -> None:
         f"| {what} | {found['if_split_by_row'][kind]} | {found['shared_with_train'][kind]} |"
         for kind, what in (("prompt", "question"), ("group_id", "focus"), ("near_duplicate", "near-duplicate"))
     )
+    shown = ", ".join(f"{what} {count:,}" for what, count in manifest["counts"].items())
+    splits = ", ".join(f"{name} {count:,}" for name, count in manifest["splits"].items())
+    similar = f"Jaccard similarity of 5-character shingles at least {found['threshold']}"
     text = f"""# MedQuAD: what the held-out records share with training
 
 {datetime.date.today()}. `python benchmarks/bench_leakage.py medquad.jsonl`; {platform.system()} {platform.machine()}, \
 {os.cpu_count()} cores, Python {platform.python_version()}.
 Data: MedQuAD, Ben Abacha and Demner-Fushman 2019, CC BY 4.0.
 
-{manifest["counts"]}; splits {manifest["splits"]}; {manifest["near_duplicate_pairs"]:,} pairs of near-duplicates (Jaccard
-similarity of 5-character shingles >= {found["threshold"]}, template text aside).
+{shown}; splits: {splits};
+{manifest["near_duplicate_pairs"]:,} near-duplicate pairs ({similar},
+template text aside).
 
 Of {found["held_out_records"]} held-out records (val and test) so many have their like in train (or in val, for test):
 
@@ -54,8 +58,9 @@ Of {found["held_out_records"]} held-out records (val and test) so many have thei
 |---|---:|---:|
 {rows}
 
-A last search with other hashes found {found["found_late"]} more records on the wrong side. Test records that quote 50
-characters in a row of a training record, template text aside, and stay: {found["test_records_with_a_passage_of_train"]}.
+A last search with other hashes found {found["found_late"]} more records on the wrong side.
+Test records that quote 50 characters in a row of a training record, template text aside, and stay:
+{found["test_records_with_a_passage_of_train"]}.
 The whole of `prepare` took {cpu:.1f} CPU seconds.
 """
     print(text)

@@ -99,24 +99,16 @@ def prepare(recipe: Recipe, *, out: Path, progress: Callable[[str], None]) -> di
     records = [*accounts.records, *made]
     table = records_table(records, [splits[id(record)] for record in records], task)
     conflicts = conflicts_table(accounts.records, accounts.pairs, task)
-    details = _describe_all(accounts, table, task, recipe) | details
+    details = _describe_all(accounts, table, task, recipe, digests) | details
     details["roles"], details["label_conflicts"] = _describe(roles), len(conflicts)
     details |= {"cleaning": cleaned.report(recipe.clean), "columns": propose(files.sources[0], roles[files.sources[0]])}
-    if recipe.domain:
-        domain = load_domain(recipe.domain)
-        details["domain"] = {"name": domain.name, **coverage(domain, records)}
-    for entry in details["sources"]:
-        entry["sha256"] = digests[entry["file"]]
     counts = details["counts"]
     progress(f"{counts['kept']:,} of {counts['rows']:,} rows kept, {counts['rejected']:,} rejected")
     tables = {"records": table, "rejected": rejected_table(accounts.rejected)}
     tables |= {"merged": merged_table(accounts.merged), "conflicts": conflicts}
     work = artifacts.work_folder(out, key)
     try:
-        for name, one in tables.items():
-            artifacts.write_atomic(work / f"{name}.parquet", parquet_bytes(one))
-        artifacts.write_atomic(work / "DATA_CARD.md", data_card(details).encode())
-        artifacts.write_json(work / "croissant.json", croissant(details, work))
+        _write(work, tables, details)
         return artifacts.complete(
             work, out, kind="dataset", key=key, config=recipe.model_dump(include=OWNED), parents={}, started=started,
             details=details,
@@ -300,7 +292,17 @@ def _certify(
     }
 
 
-def _describe_all(accounts: Accounts, table: polars.DataFrame, task: str, recipe: Recipe) -> dict[str, Any]:
+def _write(work: Path, tables: dict[str, polars.DataFrame], details: dict[str, Any]) -> None:
+    """The data set's files but for the manifest."""
+    for name, table in tables.items():
+        artifacts.write_atomic(work / f"{name}.parquet", parquet_bytes(table))
+    artifacts.write_atomic(work / "DATA_CARD.md", data_card(details).encode())
+    artifacts.write_json(work / "croissant.json", croissant(details, work))
+
+
+def _describe_all(
+    accounts: Accounts, table: polars.DataFrame, task: str, recipe: Recipe, digests: dict[str, str]
+) -> dict[str, Any]:
     """The manifest's entries about rows and records."""
     counts = accounts.counts()
     own = [record for record in accounts.records if record.method is None]
@@ -317,9 +319,19 @@ def _describe_all(accounts: Accounts, table: polars.DataFrame, task: str, recipe
         "task": task,
         "labels": sorted({record.answer for record in own}) if task == "classification" else [],
         "class_weights": class_weights(own, task),
-        "sources": [{"file": s.name, "sha256": "", **counts[s], **describe_source(s)} for s in accounts.sources],
+        "sources": [
+            {"file": s.name, "sha256": digests[s.name], **counts[s], **describe_source(s)} for s in accounts.sources
+        ],
         "seed": recipe.seed,
-    }
+    } | _covered(accounts.records, recipe)
+
+
+def _covered(records: list[Record], recipe: Recipe) -> dict[str, Any]:
+    """What of the domain's glossary stands in the records."""
+    if not recipe.domain:
+        return {}
+    domain = load_domain(recipe.domain)
+    return {"domain": {"name": domain.name, **coverage(domain, records)}}
 
 
 def _task(config: DataConfig, records: list[Record]) -> str:
