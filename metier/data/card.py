@@ -153,8 +153,8 @@ def _leakage(found: dict[str, Any]) -> str:
         for name, entry in found["benchmarks"].items()
     )
     searched = (
-        f"Near-duplicates have a Jaccard similarity of {found['threshold']:g} or more;\na last search with other hashes "
-        f"took out {found['found_late']} records."
+        f"Near-duplicates have a Jaccard similarity of {found['threshold']:g} or more;\na last search with other "
+        f"hashes took out {found['found_late']} records."
         if found["near_duplicates_searched"]
         else "Near-duplicates were not looked for."
     )
