@@ -35,8 +35,8 @@ Languages: {languages["zh"]} Chinese, {languages["en"]} English, {languages["oth
 | split | records |
 |---|---:|
 {split_rows}
-No group stands in two splits: a group is all records with the same group_id or the same first prompt, joined with
-their near-duplicates. The order of the groups is that of SHA-256(seed | group), with seed {details["seed"]};
+No group stands in two splits: a group is all records with the same group_id or the same first prompt{_joined(details)}.
+The order of the groups is that of SHA-256(seed | group), with seed {details["seed"]};
 each label has its share of every split as far as the groups allow.
 
 ## Leakage
@@ -167,6 +167,10 @@ def _leakage(found: dict[str, Any]) -> str:
 Test records that quote a training record ({found["passage_chars"]["other"]} characters in a row, in Chinese
 {found["passage_chars"]["zh"]}): {found["test_records_with_a_passage_of_train"]}.
 {benchmarks}"""
+
+
+def _joined(details: dict[str, Any]) -> str:
+    return ", joined with\ntheir near-duplicates" if details["leakage"]["near_duplicates_searched"] else ""
 
 
 def _methods(details: dict[str, Any]) -> str:

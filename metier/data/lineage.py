@@ -118,10 +118,11 @@ def forget(subject: str, run: Path, key: bytes) -> Trace:
     rows = polars.concat([found.records.select(ROW), found.merged.select(ROW)]).unique().sort(ROW)
     path = run / FORGOTTEN
     earlier = json.loads(path.read_text(encoding="utf-8"))["rows"] if path.exists() else []
+    known = {(row["source_file"], row["source_row"]) for row in earlier}  # by an attempt that was killed
     new = [
         {**row, "sha256": digests[row["source_file"]], "subject_hash": hashed, "time": now}
         for row in rows.iter_rows(named=True)
-        if row["source_file"] in digests
+        if row["source_file"] in digests and (row["source_file"], row["source_row"]) not in known
     ]
     artifacts.write_json(path, {"rows": [*earlier, *new]})
     if found.learned:
