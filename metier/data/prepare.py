@@ -27,17 +27,8 @@ from metier.data.balance import LEFT_OUT, NOT_NEEDED, class_weights, general_exc
 from metier.data.card import data_card
 from metier.data.clean import clean, contradictions
 from metier.data.croissant import croissant
-from metier.data.dedup import Comparison, find_pairs, join_groups, merge_exact, merge_near, without
-from metier.data.leakage import (
-    PASSAGE_HAN,
-    PASSAGE_OTHER,
-    benchmark_leaks,
-    late_leaks,
-    overlap,
-    row_split,
-    shared_passages,
-    test_leaks,
-)
+from metier.data.dedup import Comparison, find_pairs, join_groups, merge_exact, merge_near
+from metier.data.leakage import benchmark_leaks, certify, test_leaks
 from metier.data.lineage import forget_rows, read_forgotten
 from metier.data.lines import Source
 from metier.data.proposals import propose
@@ -93,7 +84,7 @@ def prepare(recipe: Recipe, *, out: Path, progress: Callable[[str], None]) -> di
     splits = _split(recipe.data, accounts, task, seed)
     made = _balance_and_augment(accounts, splits, recipe, task)
     progress("checking what the splits share")
-    details["leakage"] = _certify(accounts, splits, made, comparison, recipe)
+    details["leakage"] = certify(accounts, splits, made, comparison, config=recipe.dedup, seed=seed)
     details["leakage"]["benchmarks"] = benchmarks
     accounts.sort()
     records = [*accounts.records, *made]
@@ -258,38 +249,6 @@ def _balance_and_augment(accounts: Accounts, splits: dict[int, str], recipe: Rec
     accounts.reject(general_excess(general, len(train()) + len(made), recipe.balance, seed=seed), NOT_NEEDED)
     splits.update((id(record), "train") for record in made)
     return made
-
-
-def _certify(
-    accounts: Accounts, splits: dict[int, str], made: list[Record], comparison: Comparison, recipe: Recipe
-) -> dict[str, Any]:
-    """Takes out what still leaks, and says what was checked and what a split by rows would have leaked."""
-    is_near, threshold = recipe.dedup.near != "ignore", recipe.dedup.threshold
-    records = [*accounts.records, *made]
-    of = [splits[id(record)] for record in records]
-    late: list[Record] = []
-    if is_near:
-        found = late_leaks(records, of, comparison, threshold=threshold, seed=recipe.seed)
-        late = [records[i] for i in found]
-        gone = {id(record) for record in late}
-        accounts.reject([r for r in late if r.parent is None], "near-duplicate of a held-out record")
-        made[:] = [record for record in made if id(record) not in gone]
-    records = [*accounts.records, *made]
-    of = [splits[id(record)] for record in records]
-    own = [record for record in accounts.records if record.method is None]
-    by_row = row_split(own, [splits[id(record)] for record in own], recipe.seed)
-    pairs_of_own = without(accounts.records, accounts.pairs, [r for r in accounts.records if r.method is not None])[1]
-    return {
-        "held_out_records": sum(split != "train" for split in of),
-        "shared_with_train": overlap(records, of, accounts.pairs),
-        "if_split_by_row": overlap(own, by_row, pairs_of_own),
-        "near_duplicates_searched": is_near,
-        "threshold": threshold,
-        "found_late": len(late),
-        "test_records_with_a_passage_of_train": shared_passages(records, of, comparison),
-        "passage_chars": {"zh": PASSAGE_HAN, "other": PASSAGE_OTHER},
-        "synthetic_of_held_out": sum(r.parent is not None and splits[id(r.parent)] != "train" for r in made),
-    }
 
 
 def _write(work: Path, tables: dict[str, polars.DataFrame], details: dict[str, Any]) -> None:
