@@ -7,9 +7,10 @@ from pathlib import Path
 
 import pytest
 
-from metier.data.terms import find_terms
+from metier.data.terms import find_terms, token_cost
 from metier.domains import known_domains, load_domain
 from metier.errors import RecipeError
+from metier.recipe import load_recipe
 
 
 @pytest.mark.parametrize("name", ["education", "finance", "medicine"])
@@ -79,3 +80,22 @@ def test_a_missing_pack_is_a_sentence_and_an_own_file_is_a_pack(tmp_path: Path) 
         load_domain(str(tmp_path / "none.yaml"))
     (tmp_path / "law.yaml").write_text("name: law\nprivacy_policy: pipl\nterms: [{zh: [民法]}]\n", encoding="utf-8")
     assert load_domain(str(tmp_path / "law.yaml")).names() == ["民法"]
+
+
+def test_the_cost_of_terms_is_told_and_a_base_without_chinese_is_named() -> None:
+    domain = load_domain("medicine")
+    by_bytes = "\n".join(token_cost(domain, lambda text: list(text.encode())))
+    assert "terms (zh): 3.0 tokens a character" in by_bytes and "a base trained on Chinese" in by_bytes
+    cheap = "\n".join(token_cost(domain, lambda text: [0]))
+    assert "0 of" in cheap and "trained on Chinese" not in cheap
+
+
+def test_files_that_a_recipe_names_are_found_beside_it(tmp_path: Path) -> None:
+    (tmp_path / "recipe.yaml").write_text(
+        "base: none\nout: run\ndomain: packs/mine.yaml\ndata: {sources: [a.csv]}\n"
+        "dedup: {benchmarks: [quiz.jsonl]}\nbalance: {general: [general.jsonl]}\n"
+    )
+    recipe = load_recipe(tmp_path / "recipe.yaml")
+    named = [recipe.domain, *recipe.dedup.benchmarks, *recipe.balance.general]
+    assert named == [str(tmp_path / name) for name in ("packs/mine.yaml", "quiz.jsonl", "general.jsonl")]
+    assert load_recipe(tmp_path / "recipe.yaml", ["domain=finance"]).domain == "finance"

@@ -49,15 +49,16 @@ def forget(
     from metier.keys import load_key
 
     key = load_key()
-    find(subject, run, key)  # refuses what is no run, before a lock makes a folder of it
+    found = find(subject, run, key)  # refuses what is no run, before a lock makes a folder of it
     with lock_run(run):
         audit_artifacts(run, recovered=True)
-        found = take_out(subject, run, key)
         if len(found.records):
+            # First the line: what cannot be logged is not done.
             append_audit(
                 run, "forget", subject_hash=subject_hash(subject, key), records=len(found.records),
                 adapter_marked=found.adapter if found.learned else None,
             )  # fmt: skip
+            take_out(subject, run, key)
             audit_artifacts(run)
     _print_trace(found)
     if not len(found.records):

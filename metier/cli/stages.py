@@ -180,6 +180,8 @@ def _print_counts(manifest: dict[str, Any]) -> None:
 def _print_leakage(manifest: dict[str, Any]) -> None:
     found, by_row = manifest["leakage"]["shared_with_train"], manifest["leakage"]["if_split_by_row"]
     kinds = {"prompt": "the same prompt", "group_id": "the same group_id", "near_duplicate": "a near-duplicate"}
+    if not manifest["leakage"]["near_duplicates_searched"]:
+        del kinds["near_duplicate"]
     shown = ", ".join(f"{words} {found[kind]} (by row {by_row[kind]})" for kind, words in kinds.items())
     typer.echo(f"  held-out records with their like in train: {shown}")
     if manifest["label_conflicts"]:

@@ -58,7 +58,7 @@ class Accounts:
 
     def refuse_too_few(self) -> None:
         """Raises `DataError` when nothing is left to train on."""
-        if any(not record.source.is_test for record in self.records):
+        if any(not record.source.is_test and record.method is None for record in self.records):
             return
         reasons = "; ".join(f"{reason} ({count:,})" for reason, count in list(self.by_reason().items())[:3])
         rows = sum(not item.source.is_test for item in self.rejected)

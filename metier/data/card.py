@@ -35,8 +35,8 @@ Languages: {languages["zh"]} Chinese, {languages["en"]} English, {languages["oth
 | split | records |
 |---|---:|
 {split_rows}
-No group stands in two splits: a group is all records with the same group_id or the same first prompt, joined with
-their near-duplicates. The order of the groups is that of SHA-256(seed | group), with seed {details["seed"]};
+No group stands in two splits: a group is all records with the same group_id or the same first prompt{_joined(details)}.
+The order of the groups is that of SHA-256(seed | group), with seed {details["seed"]};
 each label has its share of every split as far as the groups allow.
 
 ## Leakage
@@ -142,6 +142,8 @@ def _setting(value: Any) -> str:
 def _leakage(found: dict[str, Any]) -> str:
     """The certificate as a table and sentences."""
     kinds = {"prompt": "the same prompt", "group_id": "the same group_id", "near_duplicate": "a near-duplicate"}
+    if not found["near_duplicates_searched"]:
+        del kinds["near_duplicate"]
     rows = "".join(
         f"| {words} | {found['shared_with_train'][kind]} | {found['if_split_by_row'][kind]} |\n"
         for kind, words in kinds.items()
@@ -150,17 +152,25 @@ def _leakage(found: dict[str, Any]) -> str:
         f"Records that share a passage with {_cell(name)}: {entry['records_rejected']}, rejected.\n"
         for name, entry in found["benchmarks"].items()
     )
-    searched = "" if found["near_duplicates_searched"] else "Near-duplicates were not looked for. "
+    searched = (
+        f"Near-duplicates have a Jaccard similarity of {found['threshold']:g} or more;\na last search with other "
+        f"hashes took out {found['found_late']} records."
+        if found["near_duplicates_searched"]
+        else "Near-duplicates were not looked for."
+    )
     return f"""Held-out records (val and test, {found["held_out_records"]} in all) that share with training:
 
 | what | this split | if split row by row |
 |---|---:|---:|
 {rows}
-{searched}Near-duplicates have a Jaccard similarity of {found["threshold"]:g} or more;
-a last search with other hashes took out {found["found_late"]} records.
+{searched}
 Test records that quote a training record ({found["passage_chars"]["other"]} characters in a row, in Chinese
 {found["passage_chars"]["zh"]}): {found["test_records_with_a_passage_of_train"]}.
 {benchmarks}"""
+
+
+def _joined(details: dict[str, Any]) -> str:
+    return ", joined with\ntheir near-duplicates" if details["leakage"]["near_duplicates_searched"] else ""
 
 
 def _methods(details: dict[str, Any]) -> str:

@@ -20,15 +20,58 @@ from typing import Any
 
 import numpy as np
 
-from metier.data.dedup import Comparison, Pair, find_pairs
+from metier.data.accounts import Accounts
+from metier.data.dedup import Comparison, Pair, find_pairs, without
 from metier.data.lines import Source
 from metier.data.records import Record
 from metier.data.shingles import Hashes, Template, among, batches, distinct, normalise, window_hashes
 from metier.data.sources import read_rows
+from metier.recipe import DedupConfig
 
 PASSAGE_HAN, PASSAGE_OTHER = 13, 50
 RANK = {"train": 0, "val": 1, "test": 2}
 _SLOTS = 2**24
+
+
+def certify(
+    accounts: Accounts,
+    splits: dict[int, str],
+    made: list[Record],
+    comparison: Comparison,
+    *,
+    config: DedupConfig,
+    seed: int,
+) -> dict[str, Any]:
+    """Takes out what still leaks, and says what was checked and what a split by rows would have leaked.
+
+    `splits`: id of a record -> its split. `made`: the synthetic records, of which those that leak are removed.
+    """
+    is_near, threshold = config.near != "ignore", config.threshold
+    records = [*accounts.records, *made]
+    of = [splits[id(record)] for record in records]
+    late: list[Record] = []
+    if is_near:
+        found = late_leaks(records, of, comparison, threshold=threshold, seed=seed)
+        late = [records[i] for i in found]
+        gone = {id(record) for record in late}
+        accounts.reject([r for r in late if r.parent is None], "near-duplicate of a held-out record")
+        made[:] = [record for record in made if id(record) not in gone]
+    records = [*accounts.records, *made]
+    of = [splits[id(record)] for record in records]
+    own = [record for record in accounts.records if record.method is None]
+    by_row = row_split(own, [splits[id(record)] for record in own], seed)
+    pairs_of_own = without(accounts.records, accounts.pairs, [r for r in accounts.records if r.method is not None])[1]
+    return {
+        "held_out_records": sum(split != "train" for split in of),
+        "shared_with_train": overlap(records, of, accounts.pairs),
+        "if_split_by_row": overlap(own, by_row, pairs_of_own),
+        "near_duplicates_searched": is_near,
+        "threshold": threshold,
+        "found_late": len(late),
+        "test_records_with_a_passage_of_train": shared_passages(records, of, comparison),
+        "passage_chars": {"zh": PASSAGE_HAN, "other": PASSAGE_OTHER},
+        "synthetic_of_held_out": sum(r.parent is not None and splits[id(r.parent)] != "train" for r in made),
+    }
 
 
 def test_leaks(records: list[Record], pairs: list[Pair]) -> dict[str, list[Record]]:

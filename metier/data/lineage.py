@@ -118,10 +118,11 @@ def forget(subject: str, run: Path, key: bytes) -> Trace:
     rows = polars.concat([found.records.select(ROW), found.merged.select(ROW)]).unique().sort(ROW)
     path = run / FORGOTTEN
     earlier = json.loads(path.read_text(encoding="utf-8"))["rows"] if path.exists() else []
+    known = {(row["source_file"], row["source_row"]) for row in earlier}  # by an attempt that was killed
     new = [
         {**row, "sha256": digests[row["source_file"]], "subject_hash": hashed, "time": now}
         for row in rows.iter_rows(named=True)
-        if row["source_file"] in digests
+        if row["source_file"] in digests and (row["source_file"], row["source_row"]) not in known
     ]
     artifacts.write_json(path, {"rows": [*earlier, *new]})
     if found.learned:
@@ -183,14 +184,29 @@ def _write_without(run: Path, manifest: dict[str, Any], found: Trace) -> None:
     details = {name: value for name, value in manifest.items() if name not in _CORE}
     _count_again(details, tables, own, found.merged)
     work = artifacts.work_folder(folder, artifacts.digest_json(["forgotten", manifest["digest"], sorted(gone)]))
+    tables |= {path.stem: _rest(path, gone) for path in folder.glob("*.parquet") if path.stem not in tables}
     for name, table in tables.items():
         artifacts.write_atomic(work / f"{name}.parquet", parquet_bytes(table))
+    for path in folder.glob("*.jsonl"):  # samples for a person to read
+        lines = [line for line in path.read_text(encoding="utf-8").splitlines(True) if not _is_of(line, rows)]
+        artifacts.write_atomic(work / path.name, "".join(lines).encode())
     artifacts.write_atomic(work / "DATA_CARD.md", data_card(details).encode())
     artifacts.write_json(work / "croissant.json", croissant(details, work))
     artifacts.complete(
         work, folder, kind="dataset", key=(work / "key").read_text(), config=manifest["config"], parents={},
         started=started, details=details,
     )  # fmt: skip
+
+
+def _rest(path: Path, gone: list[str]) -> polars.DataFrame:
+    """Another table of the data set, without what it says of the records."""
+    table = polars.read_parquet(path)
+    return table.filter(~polars.col("record_id").is_in(gone)) if "record_id" in table.columns else table
+
+
+def _is_of(line: str, rows: polars.DataFrame) -> bool:
+    entry = json.loads(line)
+    return (entry.get("source_file"), entry.get("source_row")) in set(rows.rows())
 
 
 def _count_again(

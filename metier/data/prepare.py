@@ -28,17 +28,8 @@ from metier.data.canaries import canaries_table, plant
 from metier.data.card import data_card
 from metier.data.clean import clean, contradictions
 from metier.data.croissant import croissant
-from metier.data.dedup import Comparison, find_pairs, join_groups, merge_exact, merge_near, without
-from metier.data.leakage import (
-    PASSAGE_HAN,
-    PASSAGE_OTHER,
-    benchmark_leaks,
-    late_leaks,
-    overlap,
-    row_split,
-    shared_passages,
-    test_leaks,
-)
+from metier.data.dedup import Comparison, find_pairs, join_groups, merge_exact, merge_near
+from metier.data.leakage import benchmark_leaks, certify, test_leaks
 from metier.data.lineage import forget_rows, read_forgotten
 from metier.data.lines import Source
 from metier.data.proposals import propose
@@ -94,20 +85,15 @@ def prepare(recipe: Recipe, *, out: Path, progress: Callable[[str], None]) -> di
     splits = _split(recipe.data, accounts, task, seed)
     made = _balance_and_augment(accounts, splits, recipe, task)
     progress("checking what the splits share")
-    details["leakage"] = _certify(accounts, splits, made, comparison, recipe)
+    details["leakage"] = certify(accounts, splits, made, comparison, config=recipe.dedup, seed=seed)
     details["leakage"]["benchmarks"] = benchmarks
     accounts.sort()
     records = [*accounts.records, *made]
     table = records_table(records, [splits[id(record)] for record in records], task)
     conflicts = conflicts_table(accounts.records, accounts.pairs, task)
-    details = _describe_all(accounts, table, task, recipe) | details
+    details = _describe_all(accounts, table, task, recipe, digests) | details
     details["roles"], details["label_conflicts"] = _describe(roles), len(conflicts)
     details |= {"cleaning": cleaned.report(recipe.clean), "columns": propose(files.sources[0], roles[files.sources[0]])}
-    if recipe.domain:
-        domain = load_domain(recipe.domain)
-        details["domain"] = {"name": domain.name, **coverage(domain, records)}
-    for entry in details["sources"]:
-        entry["sha256"] = digests[entry["file"]]
     counts = details["counts"]
     progress(f"{counts['kept']:,} of {counts['rows']:,} rows kept, {counts['rejected']:,} rejected")
     tables = {"records": table, "rejected": rejected_table(accounts.rejected)}
@@ -117,10 +103,7 @@ def prepare(recipe: Recipe, *, out: Path, progress: Callable[[str], None]) -> di
         tables["records"] = plant(table, tables["canaries"])
     work = artifacts.work_folder(out, key)
     try:
-        for name, one in tables.items():
-            artifacts.write_atomic(work / f"{name}.parquet", parquet_bytes(one))
-        artifacts.write_atomic(work / "DATA_CARD.md", data_card(details).encode())
-        artifacts.write_json(work / "croissant.json", croissant(details, work))
+        _write(work, tables, details)
         return artifacts.complete(
             work, out, kind="dataset", key=key, config=recipe.model_dump(include=OWNED), parents={}, started=started,
             details=details,
@@ -225,7 +208,7 @@ def _deduplicate(
         accounts.records, merged = merge_exact(accounts.records)
         accounts.merged += merged
     comparison = Comparison(accounts.records, task)
-    if config.near != "off":
+    if config.near != "ignore":
         accounts.pairs = find_pairs(accounts.records, comparison, config.threshold)
     for problem, records in test_leaks(accounts.records, accounts.pairs).items():
         accounts.reject(records, problem)
@@ -272,39 +255,17 @@ def _balance_and_augment(accounts: Accounts, splits: dict[int, str], recipe: Rec
     return made
 
 
-def _certify(
-    accounts: Accounts, splits: dict[int, str], made: list[Record], comparison: Comparison, recipe: Recipe
+def _write(work: Path, tables: dict[str, polars.DataFrame], details: dict[str, Any]) -> None:
+    """The data set's files but for the manifest."""
+    for name, table in tables.items():
+        artifacts.write_atomic(work / f"{name}.parquet", parquet_bytes(table))
+    artifacts.write_atomic(work / "DATA_CARD.md", data_card(details).encode())
+    artifacts.write_json(work / "croissant.json", croissant(details, work))
+
+
+def _describe_all(
+    accounts: Accounts, table: polars.DataFrame, task: str, recipe: Recipe, digests: dict[str, str]
 ) -> dict[str, Any]:
-    """Takes out what still leaks, and says what was checked and what a split by rows would have leaked."""
-    is_near, threshold = recipe.dedup.near != "off", recipe.dedup.threshold
-    records = [*accounts.records, *made]
-    of = [splits[id(record)] for record in records]
-    late: list[Record] = []
-    if is_near:
-        found = late_leaks(records, of, comparison, threshold=threshold, seed=recipe.seed)
-        late = [records[i] for i in found]
-        gone = {id(record) for record in late}
-        accounts.reject([r for r in late if r.parent is None], "near-duplicate of a held-out record")
-        made[:] = [record for record in made if id(record) not in gone]
-    records = [*accounts.records, *made]
-    of = [splits[id(record)] for record in records]
-    own = [record for record in accounts.records if record.method is None]
-    by_row = row_split(own, [splits[id(record)] for record in own], recipe.seed)
-    pairs_of_own = without(accounts.records, accounts.pairs, [r for r in accounts.records if r.method is not None])[1]
-    return {
-        "held_out_records": sum(split != "train" for split in of),
-        "shared_with_train": overlap(records, of, accounts.pairs),
-        "if_split_by_row": overlap(own, by_row, pairs_of_own),
-        "near_duplicates_searched": is_near,
-        "threshold": threshold,
-        "found_late": len(late),
-        "test_records_with_a_passage_of_train": shared_passages(records, of, comparison),
-        "passage_chars": {"zh": PASSAGE_HAN, "other": PASSAGE_OTHER},
-        "synthetic_of_held_out": sum(r.parent is not None and splits[id(r.parent)] != "train" for r in made),
-    }
-
-
-def _describe_all(accounts: Accounts, table: polars.DataFrame, task: str, recipe: Recipe) -> dict[str, Any]:
     """The manifest's entries about rows and records."""
     counts = accounts.counts()
     own = [record for record in accounts.records if record.method is None]
@@ -321,9 +282,19 @@ def _describe_all(accounts: Accounts, table: polars.DataFrame, task: str, recipe
         "task": task,
         "labels": sorted({record.answer for record in own}) if task == "classification" else [],
         "class_weights": class_weights(own, task),
-        "sources": [{"file": s.name, "sha256": "", **counts[s], **describe_source(s)} for s in accounts.sources],
+        "sources": [
+            {"file": s.name, "sha256": digests[s.name], **counts[s], **describe_source(s)} for s in accounts.sources
+        ],
         "seed": recipe.seed,
-    }
+    } | _covered(accounts.records, recipe)
+
+
+def _covered(records: list[Record], recipe: Recipe) -> dict[str, Any]:
+    """What of the domain's glossary stands in the records."""
+    if not recipe.domain:
+        return {}
+    domain = load_domain(recipe.domain)
+    return {"domain": {"name": domain.name, **coverage(domain, records)}}
 
 
 def _task(config: DataConfig, records: list[Record]) -> str:

@@ -51,7 +51,8 @@ def coverage(domain: Domain, records: list[Record]) -> dict[str, Any]:
 
     Latin names count as whole words; those with capitals inside (CAR, eGFR) only as written.
     """
-    spans = find_terms(domain, ["\n".join(turn["content"] for turn in record.messages) for record in records])
+    texts = ["\n".join(t["content"] for t in record.messages if t["role"] != "system") for record in records]
+    spans = find_terms(domain, texts)
     found = {span.name for some in spans for span in some}
     known = [not found.isdisjoint((*term.en, *term.zh)) for term in domain.terms]
     missing = [(term.en or term.zh)[0] for term, is_known in zip(domain.terms, known, strict=True) if not is_known]

@@ -17,10 +17,10 @@ class DedupConfig(Section):
         description="Merge records that are the same but for character width and white space; each merged row is "
         "listed in merged.parquet.",
     )
-    near: Literal["group", "merge", "off"] = Field(
+    near: Literal["group", "merge", "ignore"] = Field(
         default="group",
         description="Near-duplicates: `group` keeps them in the same split, `merge` also keeps only the longest of "
-        "those with the same label, `off` does not look for them.",
+        "those with the same label, `ignore` does not look for them.",
     )
     threshold: Fraction = Field(
         default=0.5,

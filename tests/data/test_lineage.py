@@ -32,7 +32,7 @@ def prepared(folder: Path, **sections: Any) -> tuple[Recipe, Path]:
     values = {
         "base": "none",
         "data": {"sources": ["a.csv"], "group_id": "patient"},
-        "dedup": {"near": "off"},
+        "dedup": {"near": "ignore"},
         **sections,
     }
     recipe.write_text(json.dumps({"out": str(folder / "run"), **values}))
@@ -112,6 +112,24 @@ def test_evidence_that_shows_the_person_goes_too(tmp_path: Path) -> None:
     (run / "report.html").write_text("P3")
     assert forget("P3", run, KEY).in_evidence == 6
     assert not (run / "evidence").exists() and not (run / "report.html").exists()
+
+
+def test_other_files_of_the_data_set_lose_the_person_too(tmp_path: Path) -> None:
+    _, run = prepared(tmp_path)
+    folder = run / "dataset"
+    records = polars.read_parquet(folder / "records.parquet")
+    hashed = keyed_hash("13800138000", KEY)
+    listed = {"record_id": records["record_id"][:2], "subject_hash": [hashed, keyed_hash("x", KEY)]}
+    polars.DataFrame(listed).write_parquet(folder / "subjects.parquet")
+    places = records.select("source_file", "source_row").head(3).to_dicts()
+    (folder / "privacy_review.jsonl").write_text("".join(json.dumps(place) + "\n" for place in places))
+    found = forget("13800138000", run, KEY)
+    assert found.records["why"].to_list() == ["found by de-identification"]
+    assert (
+        polars.read_parquet(folder / "subjects.parquet")["record_id"].to_list() == records["record_id"][1:2].to_list()
+    )
+    left = [json.loads(line) for line in (folder / "privacy_review.jsonl").read_text().splitlines()]
+    assert left == places[1:]
 
 
 def test_a_changed_source_and_a_damaged_list_stop_the_work(tmp_path: Path) -> None:

@@ -276,3 +276,14 @@ def test_a_ten_megabyte_record_and_right_to_left_text_come_through(tmp_path: Pat
     manifest = make(tmp_path, DataConfig(sources=[write_csv(tmp_path / "a.csv", rows)]))
     assert table(tmp_path)["messages"][0][0]["content"] == long
     assert manifest["languages"] == {"zh": 0, "en": 1, "other": 11}
+
+
+def test_croissant_names_the_files_as_they_are_and_the_counts(tmp_path: Path) -> None:
+    source = write_csv(tmp_path / "a.csv", [*labelled(40), ("text 1", "label 1"), ("x", "")])
+    manifest = make(tmp_path, DataConfig(sources=[source]))
+    described = json.loads((tmp_path / "dataset" / "croissant.json").read_text(encoding="utf-8"))
+    files = {entry["@id"]: entry["sha256"] for entry in described["distribution"]}
+    assert files == {name: entry["sha256"] for name, entry in manifest["files"].items() if name.endswith(".parquet")}
+    columns = {field["source"]["extract"]["column"] for field in described["recordSet"][0]["field"]}
+    assert columns == set(table(tmp_path).columns) - {"messages"}
+    assert described["description"].startswith("42 source rows: 40 kept, 1 merged, 1 rejected; 0 synthetic records")

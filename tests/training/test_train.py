@@ -39,6 +39,7 @@ adapter: {{rank: 4, dropout: 0.2}}
 train:
   {{max_steps: 15, epochs: 9, micro_batch_size: 4, grad_accum_steps: 2, learning_rate: 1e-2, save_every: 4,
     eval_every: 5, log_every: 1, precision: fp32}}
+dedup: {{near: ignore}}
 evaluate: {{bootstrap_samples: 100}}
 """
 
