@@ -618,10 +618,10 @@ def lm_eval_generates_in_chats(t: Target) -> None:
 
 
 def run_cases(target: Target, only: str = "") -> list[dict[str, str]]:
-    """Each case's driver, name and what went wrong (empty when nothing did); `only` is a part of the names to run."""
+    """Each case's driver, name and what went wrong (empty when nothing did); `only` is a part of "client name"."""
     results = []
     for driver, name, function in CASES:
-        if only not in name:
+        if only not in f"{driver} {name}":
             continue
         try:
             function(target)
@@ -641,7 +641,7 @@ def main() -> None:
     parser.add_argument("--adapters", nargs="+")
     parser.add_argument("--tokenizer", required=True, help="the base's folder")
     parser.add_argument("--control", action="store_true", help="one model alone: adapters' cases ask the base")
-    parser.add_argument("--only", default="", help="run the cases whose name holds this")
+    parser.add_argument("--only", default="", help="run the cases whose client and name hold this")
     parser.add_argument("--out", type=Path)
     args = parser.parse_args()
     adapters = args.adapters or ([args.base] if args.control else parser.error("name the adapters"))
