@@ -555,7 +555,7 @@ def langchain_batches(t: Target) -> None:
 def langchain_gets_logprobs_and_choices(t: Target) -> None:
     bound = langchain(t, n=2, seed=3).bind(logprobs=True, top_logprobs=2)
     result = bound.invoke("What is the capital of France?")
-    assert result.response_metadata["logprobs"]["content"] and result.response_metadata["model_name"] == t.base
+    assert len(result.response_metadata["logprobs"]["content"][0]["top_logprobs"]) == 2
 
 
 # lm-eval.
@@ -617,10 +617,12 @@ def lm_eval_generates_in_chats(t: Target) -> None:
     assert "Paris" in answer
 
 
-def run_cases(target: Target) -> list[dict[str, str]]:
-    """Every case's driver, name and what went wrong (empty when nothing did)."""
+def run_cases(target: Target, only: str = "") -> list[dict[str, str]]:
+    """Each case's driver, name and what went wrong (empty when nothing did); `only` is a part of "client name"."""
     results = []
     for driver, name, function in CASES:
+        if only not in f"{driver} {name}":
+            continue
         try:
             function(target)
             wrong = ""
@@ -639,10 +641,11 @@ def main() -> None:
     parser.add_argument("--adapters", nargs="+")
     parser.add_argument("--tokenizer", required=True, help="the base's folder")
     parser.add_argument("--control", action="store_true", help="one model alone: adapters' cases ask the base")
+    parser.add_argument("--only", default="", help="run the cases whose client and name hold this")
     parser.add_argument("--out", type=Path)
     args = parser.parse_args()
     adapters = args.adapters or ([args.base] if args.control else parser.error("name the adapters"))
-    results = run_cases(Target(args.url.rstrip("/"), args.base, adapters, args.tokenizer))
+    results = run_cases(Target(args.url.rstrip("/"), args.base, adapters, args.tokenizer), args.only)
     if args.out:
         args.out.write_text(json.dumps(results, indent=1), encoding="utf-8")
     passed = sum(not r["wrong"] for r in results)

@@ -48,13 +48,26 @@ def serve(
     )  # fmt: skip
     serve_runs(
         runs, settings, device=_device(device), precision=_precision(precision),
-        redact=redaction() if guard else None, guarded=guard, say=terminal().say,
+        redact_by=_redaction() if guard else None, guarded=guard, say=terminal().say,
     )  # fmt: skip
 
 
-def redaction() -> Any:
-    """What takes personal data out of an answer."""
-    return None
+def _redaction() -> Any:
+    """Policy -> what takes personal data out of an answer, as it was taken out of the training data."""
+    import metier
+
+    deidentify = getattr(metier, "deidentify", None)
+    if deidentify is None:
+        return None
+
+    def redact_by(policy: str) -> Any:
+        def redact(text: str) -> tuple[str, list[str]]:
+            [(clean, spans)] = deidentify([text], policy=policy)
+            return clean, [span.entity_type for span in spans]
+
+        return redact
+
+    return redact_by
 
 
 def _device(name: str) -> Any:

@@ -10,6 +10,7 @@ for the longest row in every row.
 
 from __future__ import annotations
 
+import ctypes
 import os
 from collections.abc import Sequence
 from typing import Any
@@ -60,6 +61,9 @@ class SlotCache:
         self._keys.clear()
         self._values.clear()
         self._rows = self._columns = 0
+        # glibc keeps freed blocks of up to 32 MiB for itself; other C libraries have no such call.
+        if trim := getattr(ctypes.CDLL(None), "malloc_trim", None):
+            trim(0)
 
     def move(self, source: int, target: int, length: int) -> None:
         """Copies the first `length` tokens of a row over another row."""

@@ -33,6 +33,8 @@ App = Callable[[MutableMapping[str, Any], Receive, Send], Awaitable[None]]
 OPEN_ROUTES = frozenset({("GET", "/"), ("GET", "/health")})
 _ROUTES = "/ /health /metrics /v1/models /v1/chat/completions /v1/completions /tokenize /detokenize /tokenizer_info"
 ROUTES = frozenset(_ROUTES.split())
+# A body up to this many times the cap is read and thrown away, so that its sender hears why; a larger one is cut off.
+DRAINED = 8
 _REQUEST_ID = re.compile(rb"[A-Za-z0-9._-]{1,64}")
 _HEADERS = [
     (b"x-content-type-options", b"nosniff"), (b"referrer-policy", b"no-referrer"), (b"x-frame-options", b"DENY"),
@@ -122,21 +124,25 @@ class Door:
         limit = self._settings.max_body_bytes
         too_large = Refused(413, f"the body is larger than {limit} bytes", "invalid_request_error", _CLOSE)
         stated = headers.get(b"content-length", b"0")
-        if not stated.isdigit() or int(stated) > limit:
+        if not stated.isdigit() or int(stated) > DRAINED * limit:
             raise too_large
         if headers.get(b"content-encoding", b"identity") != b"identity":
             raise Refused(415, "expected a body without Content-Encoding", "invalid_request_error", _CLOSE)
-        body = bytearray()
+        body, size = bytearray(), 0
         try:
             async with asyncio.timeout(self._settings.body_seconds):
                 while True:
                     message = await receive()
                     if message["type"] == "http.disconnect":
                         raise Refused(400, "the client went away", "invalid_request_error")
-                    body += message.get("body", b"")
-                    if len(body) > limit:
+                    size += len(message.get("body", b""))
+                    if size > DRAINED * limit:
                         raise too_large
+                    if size <= limit:
+                        body += message.get("body", b"")
                     if not message.get("more_body"):
+                        if size > limit:
+                            raise too_large
                         return bytes(body)
         except TimeoutError:
             raise Refused(408, "the body came too slowly", "invalid_request_error", _CLOSE) from None

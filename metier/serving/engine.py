@@ -22,7 +22,6 @@ from dataclasses import dataclass, field
 import torch
 
 from metier.model.bank import AdapterBank
-from metier.model.load import tokens_per_pass
 from metier.model.slots import SlotCache, context_of, forward_rows
 from metier.serving.sampling import Sampling, SamplingState, TokenLogprob, logprobs_of, next_tokens
 
@@ -30,6 +29,8 @@ log = logging.getLogger(__name__)
 
 # Prompt positions whose logits are kept in one pass when log-probabilities of a prompt are asked for.
 PROMPT_LOGPROB_TOKENS = 256
+# Prompt tokens in one pass on a CPU and on a GPU: as many as keep it busy, as few as make those who stream wait little.
+PREFILL_TOKENS = (256, 2048)
 # After so many failed passes with no good one between them the engine stays down.
 MAX_CRASHES = 3
 
@@ -131,7 +132,7 @@ class Engine:
         self.max_rows = max_rows
         self.max_waiting = max_waiting
         self.max_cache_tokens = max_cache_tokens
-        self.max_prefill_tokens = tokens_per_pass(bank.base.device)
+        self.max_prefill_tokens = PREFILL_TOKENS[bank.base.device.type == "cuda"]
         self.counters = Counters()
         self.is_down = False
         self._cache = SlotCache(max_cache_tokens)

@@ -22,6 +22,8 @@ from metier.recipe import ServeConfig
 
 # Text -> the text without personal data, and the entity type of each piece that went.
 Redact = Callable[[str], tuple[str, list[str]]]
+# A privacy policy's name -> what takes out what that policy names.
+RedactBy = Callable[[str], Redact]
 _CHINESE = re.compile(r"[\u3400-\u9fff]")
 # Where a text may be cut without cutting a name or a number: behind a sentence or a line.
 _SENTENCE_END = re.compile(r"(?<=[。！？；\n])|(?<=[.!?;])(?=\s)")

@@ -21,7 +21,7 @@ from metier.model.chat import CappedRender, Renderer, eos_token_ids
 from metier.model.load import Base, Device, Precision, load_base, resolve_device, resolve_precision
 from metier.model.lora import read_adapter_config
 from metier.recipe import ServeConfig, load_recipe
-from metier.serving.guard import Guard, Redact
+from metier.serving.guard import Guard, RedactBy
 
 ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors")
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
@@ -74,7 +74,7 @@ def open_models(
     device: Device = "auto",
     precision: Precision = "auto",
     render: CappedRender | None = None,
-    redact: Redact | None = None,
+    redact_by: RedactBy | None = None,
     guarded: bool = True,
     say: Callable[[str], None] = lambda text: None,
 ) -> Models:
@@ -90,7 +90,7 @@ def open_models(
     renderer = Renderer(base.tokenizer, eos_token_ids(base.path), render=render)
     bank = AdapterBank(base)
     base_name = next((s.name for s in sources if s.adapter is None), _plain_name(base.name))
-    guards = {s.name: _guard(s.run, redact) if guarded else Guard(ServeConfig(redact=False)) for s in sources}
+    guards = {s.name: _guard(s.run, redact_by) if guarded else Guard(ServeConfig(redact=False)) for s in sources}
     # The base is there to be compared, so what guards the first adapter of a domain guards it too.
     guard = next((g for g in guards.values() if g.domain), next(iter(guards.values())))
     models = {
@@ -175,12 +175,17 @@ def _check_fits(source: _Source, base: Base, renderer: Renderer) -> None:
         )
 
 
-def _guard(run: Path, redact: Redact | None) -> Guard:
+def _guard(run: Path, redact_by: RedactBy | None) -> Guard:
+    """As the run's recipe says; its data's privacy policy, or else its domain's, says what is personal data."""
     path = run / "recipe.yaml"
     if not path.is_file():
-        return Guard(redact=redact)
+        return Guard()
     recipe = load_recipe(path)
-    return Guard(recipe.serve, load_domain(recipe.domain) if recipe.domain else None, redact)
+    domain = load_domain(recipe.domain) if recipe.domain else None
+    policy: str = getattr(getattr(recipe, "privacy", None), "policy", "auto")
+    if policy == "auto":
+        policy = domain.privacy_policy if domain else "none"
+    return Guard(recipe.serve, domain, redact_by(policy) if redact_by and policy != "none" else None)
 
 
 def _fingerprint(base: Base, renderer: Renderer, adapter: Path | None, guard: Guard) -> str:

@@ -27,7 +27,7 @@ from metier.model.template import TemplateProcess
 from metier.serving.api import create_app
 from metier.serving.door import Door, DoorSettings
 from metier.serving.engine import Engine
-from metier.serving.guard import Redact
+from metier.serving.guard import RedactBy
 from metier.serving.models import Models, open_models
 from metier.serving.service import Limits, Service
 
@@ -118,7 +118,7 @@ def serve(
     *,
     device: Device = "auto",
     precision: Precision = "auto",
-    redact: Redact | None = None,
+    redact_by: RedactBy | None = None,
     guarded: bool = True,
     say: Callable[[str], None] = lambda text: None,
 ) -> None:
@@ -131,7 +131,13 @@ def serve(
     templates = TemplateProcess()
     try:
         models = open_models(
-            runs, device=device, precision=precision, render=templates.render, redact=redact, guarded=guarded, say=say
+            runs,
+            device=device,
+            precision=precision,
+            render=templates.render,
+            redact_by=redact_by,
+            guarded=guarded,
+            say=say,
         )
         run_server(models, settings, say=say)
     finally:

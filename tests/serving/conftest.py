@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import http.client
 import json
 from collections.abc import Iterator
@@ -95,14 +96,12 @@ class Client:
     def call(
         self, method: str, path: str, body: Any = None, headers: dict[str, str] | None = None
     ) -> tuple[int, dict[str, str], bytes]:
-        connection = http.client.HTTPConnection(self.host, timeout=30)
         data = body if isinstance(body, bytes | None) else json.dumps(body).encode()
         sent = {"Content-Type": "application/json"} if data is not None else {}
-        connection.request(method, path, data, {**sent, **(headers or {})})
-        response = connection.getresponse()
-        found = response.status, {k.lower(): v for k, v in response.getheaders()}, response.read()
-        connection.close()
-        return found
+        with contextlib.closing(http.client.HTTPConnection(self.host, timeout=30)) as connection:
+            connection.request(method, path, data, {**sent, **(headers or {})})
+            with connection.getresponse() as response:
+                return response.status, {k.lower(): v for k, v in response.getheaders()}, response.read()
 
     def post(self, path: str, **body: Any) -> tuple[int, Any]:
         status, _, data = self.call("POST", path, body)

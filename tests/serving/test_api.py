@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import http.client
 import json
 import socket
@@ -206,10 +207,9 @@ def test_a_body_over_the_cap_is_refused_before_it_is_read(client: Client) -> Non
 def test_a_client_that_hangs_up_frees_its_row(server: Server, client: Client) -> None:
     for stream in (True, False):
         body = {"model": "red", "messages": MESSAGES, "max_tokens": 64, "stream": stream, "logit_bias": {"0": -100}}
-        connection = http.client.HTTPConnection(client.host, timeout=10)
-        connection.request("POST", "/v1/chat/completions", json.dumps(body), {"Content-Type": "application/json"})
-        time.sleep(0.05)
-        connection.close()
+        with contextlib.closing(http.client.HTTPConnection(client.host, timeout=10)) as connection:
+            connection.request("POST", "/v1/chat/completions", json.dumps(body), {"Content-Type": "application/json"})
+            time.sleep(0.05)
     deadline = time.monotonic() + 10
     while server.engine.num_running and time.monotonic() < deadline:
         time.sleep(0.02)
@@ -268,12 +268,11 @@ def test_a_stopping_server_finishes_what_it_began(models: Models) -> None:
     server = Server(models, ServerSettings(port=0)).start()
     client = Client(server.url)
     body = {"model": "red", "messages": MESSAGES, "max_tokens": 200, "stream": True, "logit_bias": {"0": -100}}
-    connection = http.client.HTTPConnection(client.host, timeout=30)
-    connection.request("POST", "/v1/chat/completions", json.dumps(body), {"Content-Type": "application/json"})
-    response = connection.getresponse()
-    server.stop()
-    assert response.read().endswith(b"data: [DONE]\n\n")
-    connection.close()
+    with contextlib.closing(http.client.HTTPConnection(client.host, timeout=30)) as connection:
+        connection.request("POST", "/v1/chat/completions", json.dumps(body), {"Content-Type": "application/json"})
+        with connection.getresponse() as response:
+            server.stop()
+            assert response.read().endswith(b"data: [DONE]\n\n")
     server.wait()
     with pytest.raises(OSError):
         client.chat()
