@@ -343,8 +343,9 @@ def missing_peers() -> list[str]:
 
 def write_report(lines: list[str]) -> None:
     """The results file: a table of the rows, the kernel time by kind where it was taken, and what failed."""
-    rows = [json.loads(line[4:]) for line in lines if line.startswith("ROW ")]
-    kinds = [json.loads(line[8:]) for line in lines if line.startswith("PROFILE ")]
+    decode = json.JSONDecoder().raw_decode
+    rows = [decode(line[4:])[0] for line in lines if line.startswith("ROW ")]
+    kinds = [decode(line[8:])[0] for line in lines if line.startswith("PROFILE ")]
     text = [
         "# LoRA training on one H100: metier and its peers", "",
         "`python benchmarks/bench_training.py`; random weights of the shape, all-linear r=16, alpha 32, no dropout,",
@@ -369,8 +370,11 @@ def write_report(lines: list[str]) -> None:
     for entry in kinds:
         parts = ", ".join(f"{kind} {ms}" for kind, ms in entry.items() if kind != "name")
         text += ["", f"Kernel time of one step of {entry['name']}, ms: {parts}."]
-    text += ["", "A pass that is replayed as a CUDA graph (SmolLM2, and 2,048 tokens of 7B) uses memory that the allocator's peak",
-             "does not count: of those rows the peak is too low, and `reserved` is the measure."]  # fmt: skip
+    text += [
+        "",
+        "A CUDA graph (SmolLM2; 2,048 tokens of 7B) uses memory that the allocator's peak does not count: of those rows the",
+        "peak is too low, and `reserved` is the measure.",
+    ]
     failed = [line for line in lines if line.startswith("MISSING")]
     text += ["", *(f"- not measured: {line[8:].split(':')[0]}" for line in failed)] if failed else []
     RESULTS.write_text("\n".join(text) + "\n", encoding="utf-8")
