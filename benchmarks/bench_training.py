@@ -372,8 +372,8 @@ def write_report(lines: list[str]) -> None:
         text += ["", f"Kernel time of one step of {entry['name']}, ms: {parts}."]
     text += [
         "",
-        "A CUDA graph (SmolLM2; 2,048 tokens of 7B) uses memory that the allocator's peak does not count: of those rows the",
-        "peak is too low, and `reserved` is the measure.",
+        "A CUDA graph (SmolLM2; 2,048 tokens of 7B) uses memory that the allocator's peak does not count: there the",
+        "peak is too low, and reserved is the measure.",
     ]
     failed = [line for line in lines if line.startswith("MISSING")]
     text += ["", *(f"- not measured: {line[8:].split(':')[0]}" for line in failed)] if failed else []
