@@ -96,15 +96,18 @@ class _Cudnn(torch.autograd.Function):
         return *(x.transpose(1, 2).flatten(0, 1) for x in found), None
 
 
-def _takes_cudnn(q: torch.Tensor, k: torch.Tensor) -> bool:
-    """Where it was measured to be the faster: Hopper or newer, as many key heads as query heads."""
-    is_measured = q.shape[1:] == k.shape[1:] and q.shape[2] in (64, 128)
-    return is_measured and torch.cuda.get_device_capability(q.device) >= (9, 0)
+def _takes_cudnn(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, size: int) -> bool:
+    """Where it was measured to be faster (Hopper, as many key heads as query heads) and torch finds that it runs."""
+    if q.shape[1:] != k.shape[1:] or torch.cuda.get_device_capability(q.device) < (9, 0):
+        return False
+    q4, k4, v4 = (x.detach().view(-1, size, *x.shape[1:]).transpose(1, 2) for x in (q, k, v))
+    case = torch.backends.cuda.SDPAParams(q4, k4, v4, None, 0.0, True, False)
+    return torch.backends.cuda.can_use_cudnn_attention(case)
 
 
 def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, documents: Documents) -> torch.Tensor:
     """softmax(q k^T / sqrt(D)) v, causal and inside documents: q [M, Hq, D], k, v [M, Hkv, D] -> [M, Hq, D]."""
-    if documents.equal and _takes_cudnn(q, k):
+    if documents.equal and _takes_cudnn(q, k, v, documents.equal):
         return _Cudnn.apply(q, k, v, documents.equal)  # type: ignore[no-any-return, no-untyped-call]
     if documents.gather is None or documents.scatter is None:
         return _Flash.apply(q, k, v, documents)  # type: ignore[no-any-return, no-untyped-call]

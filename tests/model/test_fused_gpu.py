@@ -169,7 +169,8 @@ def test_attention_on_the_gpu_equals_float64(lengths: tuple[int, ...], heads: tu
         out.backward(grad.to(work))
         results.append([out.detach(), *(leaf.grad for leaf in leaves)])
     for got, want in zip(*results, strict=True):
-        assert (got.double() - want).norm() <= 1e-2 * want.norm()
+        # One token attends to itself alone: the gradient of q and k is then zero.
+        assert (got.double() - want).norm() <= 1e-2 * want.norm() + 1e-4
 
 
 def test_a_gpu_without_a_model_to_fuse_says_so() -> None:
