@@ -30,7 +30,7 @@ LOGS = ("metrics.jsonl",)
 LIBRARIES = ("torch", "transformers", "tokenizers", "safetensors", "numpy", "polars")
 STAGES = ("dataset", "adapter", "evidence")
 # All that a run's folder holds, but for what is hidden while a stage or a write is at work.
-RUN_NAMES = {"recipe.yaml", ".lock", *STAGES, "report.html", "MODEL_CARD.md", "audit.jsonl", "tensorboard"}
+RUN_NAMES = {"recipe.yaml", ".lock", *STAGES, "export", "report.html", "MODEL_CARD.md", "audit.jsonl", "tensorboard"}
 AT_WORK = (".partial", ".old", ".tmp")
 
 

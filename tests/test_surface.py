@@ -13,7 +13,7 @@ from metier.artifacts import complete, work_folder
 from metier.cli import app
 from metier.recipe import Recipe
 
-PUBLIC_NAMES = ["Recipe", "evaluate", "load", "prepare", "run", "train"]
+PUBLIC_NAMES = ["Recipe", "evaluate", "export", "load", "prepare", "run", "train"]
 
 RECIPE_KEYS = """
     base revision out preset seed
@@ -36,6 +36,7 @@ COMMANDS = {
     "train": "recipe --out --set",
     "evaluate": "recipe --out --set",
     "generate": f"run --base --prompt --system {DECODING}",
+    "export": "run --for --out --storage --to",
     "chat": f"run --base --system {DECODING}",
 }
 

@@ -21,6 +21,7 @@ from safetensors import SafetensorError, safe_open
 from metier.artifacts import MANIFEST, digest_file, digest_json, disk_errors, write_json
 from metier.errors import ModelError, RunError, did_you_mean
 from metier.model.embedded import EMBEDDED, Progress, cache_dir, converted, embedded_base, say
+from metier.model.gguf_header import read_header
 
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 CHECKPOINT_FILES = ("*.safetensors", "*.json", "*.jinja", "*.model", "*.txt", "*.tiktoken")
@@ -72,12 +73,7 @@ def base_digest(path: Path) -> str:
 
 
 def _converted_gguf(path: Path, progress: Progress) -> Path:
-    with path.open("rb") as file:
-        magic = file.read(4)
-    if magic != b"GGUF":
-        raise ModelError(
-            f"`{path}` is a file, and no GGUF file", hint="name the folder that holds config.json and the safetensors"
-        )
+    read_header(path)
     sha256 = _remembered_digest(path)
     final = cache_dir() / "models" / f"gguf-{sha256[:16]}"
     return converted(final, sha256, lambda scratch: path.absolute(), progress)
