@@ -28,6 +28,7 @@ from metier.errors import ModelError, RunError
 from metier.model.embedded import Progress, say
 from metier.model.gguf_header import read_header
 from metier.model.resolve import base_digest, first_line, read_json, resolve_base
+from metier.model.template_check import check_template
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "tekken.json")
 # Its type hints are partial: what comes out of it is checked here, not by the type checker.
@@ -81,6 +82,8 @@ def load_base(
     with _quiet():
         _check_architecture(path, progress)
         tokenizer = load_tokenizer(path)
+        if isinstance(tokenizer.chat_template, str):
+            check_template(tokenizer.chat_template)
         model = _load_model(path, dtype, device, progress)
     top = max(tokenizer.get_vocab().values())
     rows = model.get_input_embeddings().num_embeddings
@@ -89,6 +92,8 @@ def load_base(
             f"the tokenizer in `{path}` has ids up to {top}, and the model has embeddings for {rows} tokens only",
             hint="tokens were added without resizing the model; use the tokenizer that the weights were saved with",
         )
+    if bad := [name for name, weight in model.named_parameters() if not bool(torch.isfinite(weight).all())]:
+        raise ModelError(f"`{bad[0]}` in `{path}` holds numbers that are not finite", hint="fetch the model again")
     model.requires_grad_(False).eval()
     commit = path.name if path.parent.name == "snapshots" else None
     return Base(model, tokenizer, path, name, commit, base_digest(path), dtype, device)

@@ -201,8 +201,10 @@ def load(
     _, entries = read_adapter_config(adapter_folder)
     manifest = read_manifest(adapter_folder) or {}
     names: dict[str, Precision] = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16"}
-    trained = names.get(manifest.get("precision", ""), "auto")
-    name = manifest.get("base", {}).get("name") or entries["base_model_name_or_path"]
+    trained = names.get(str(manifest.get("precision")), "auto")
+    stated = manifest.get("base")
+    name = stated.get("name") if isinstance(stated, dict) else None
+    name = name if isinstance(name, str) and name else entries["base_model_name_or_path"]
     same_device = manifest.get("device") == resolve_device(device).type
     base = _base(
         name, entries.get("revision"), device, trained if precision == "auto" and same_device else precision, say

@@ -115,7 +115,7 @@ def _vllm(facts: Served) -> str:
     revision = f" --revision {shlex.quote(facts.revision)}" if facts.revision else ""
     return textwrap.dedent(f"""\
         #!/bin/sh
-        # {FLOORS["vllm"]} or later: earlier ones have open holes in request-supplied templates and in their loaders.
+        # {FLOORS["vllm"]}: earlier ones have open holes in request-supplied templates and in their loaders.
         # --chat-template pins the template that was trained with. Runtime loading of adapters stays off. vLLM's key
         # covers /v1 only: put proxy.conf in front of it before anyone else can reach it.
         set -eu
@@ -148,7 +148,7 @@ def _proxy(facts: Served) -> str:
 
 def _ray(facts: Served) -> str:
     head = (
-        f"# {FLOORS['ray']} or later, RAY_AUTH_MODE=token, on a private network: serve run serve/ray_serve.yaml\n"
+        f"# {FLOORS['ray']}, RAY_AUTH_MODE=token, on a private network: serve run serve/ray_serve.yaml\n"
         "# The merged weights are served: Ray loads LoRA adapters from object storage only. Change model_source when\n"
         "# the bundle is moved; every node must see it.\n"
     )
@@ -165,14 +165,14 @@ def _ray(facts: Served) -> str:
 
 def _kserve(facts: Served) -> str:
     head = (
-        f"# {FLOORS['kserve']} or later. Copy adapter/ to the claim `metier-models`, {facts.kubernetes_name}/adapter"
+        f"# {FLOORS['kserve']}. Copy adapter/ to the claim `metier-models`, {facts.kubernetes_name}/adapter"
         f"{'' if facts.is_hub else ', and the base under base/'}.\n"
         "# maxRank is written because the controller passes no rank by itself, and vLLM then stops at 16.\n"
     )
     uri = f"hf://{facts.base}" if facts.is_hub else "pvc://metier-models/base"
     adapter = {"name": facts.name, "uri": f"pvc://metier-models/{facts.kubernetes_name}/adapter"}
     model = {
-        "uri": uri, "name": facts.base,
+        "uri": uri, "name": facts.base if facts.is_hub else "base",
         "lora": {"maxRank": vllm_rank(facts.rank), "adapters": [adapter]},
     }  # fmt: skip
     service = {
@@ -185,7 +185,7 @@ def _kserve(facts: Served) -> str:
 def _llama_cpp(facts: Served) -> str:
     return textwrap.dedent(f"""\
         #!/bin/sh
-        # {FLOORS["llama.cpp"]}. The chat template is in the file. To add the adapter to a base in GGUF instead:
+        # {FLOORS["llama.cpp"]}. The chat template is in the file. Or the adapter on a base in GGUF:
         #   llama-server --model base.gguf --lora gguf/adapter.gguf --jinja
         set -eu
         cd "$(dirname "$0")/.."
@@ -198,7 +198,7 @@ def _llama_cpp(facts: Served) -> str:
 def _ollama(facts: Served) -> str:
     stops = "".join(f"PARAMETER stop {json.dumps(stop, ensure_ascii=False)}\n" for stop in facts.stops)
     return (
-        f"# {FLOORS['ollama']} or later: ollama create {facts.kubernetes_name} -f serve/Modelfile\n"
+        f"# {FLOORS['ollama']}: ollama create {facts.kubernetes_name} -f serve/Modelfile\n"
         f'FROM ../{facts.gguf}\nTEMPLATE """{facts.template}"""\n{stops}PARAMETER temperature 0\n'
     )
 
@@ -206,7 +206,7 @@ def _ollama(facts: Served) -> str:
 def _mlx(facts: Served) -> str:
     return textwrap.dedent(f"""\
         #!/bin/sh
-        # {FLOORS["mlx"]} or later, for Apple silicon and for one person: its server says itself that it is not for
+        # {FLOORS["mlx"]}, for Apple silicon and for one person: its server says itself that it is not for
         # production. Serves the merged weights; `mlx_lm.convert -q` would quantise them past what was checked.
         set -eu
         cd "$(dirname "$0")/.."

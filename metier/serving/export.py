@@ -143,6 +143,12 @@ def _read_run(run: Path, say: Say) -> Source:
                 f"`{run / stage}` is not there or not complete",
                 hint=f"`metier {verb}` makes it; an export is checked on the held-out records of its run",
             )
+        for name, entry in manifest["files"].items():
+            if name not in artifacts.LOGS and artifacts.digest_file(run / stage / name) != entry.get("sha256"):
+                raise RunError(
+                    f"`{run / stage / name}` was altered after it was made: its digest is not the manifest's",
+                    hint=f"`metier {verb}` makes it anew once you remove `{run / stage}`",
+                )
         manifests[stage] = manifest
     if manifests["adapter"].get("parents", {}).get("dataset") != manifests["dataset"]["digest"]:
         raise RunError(

@@ -208,7 +208,7 @@ def _storage(name: str, array: Array, form: str) -> Any:
 
 
 def _add(writer: Any, name: str, array: Array, kind: Any) -> None:
-    if kind == Q.F16 and float(np.abs(array).max()) > np.finfo(np.float16).max:
+    if kind == Q.F16 and float(np.abs(array).max()) > float(np.finfo(np.float16).max):
         raise ModelError(f"`{name}` holds numbers beyond fp16's range", hint="write the bf16 form")
     data = gguf.quants.quantize(np.ascontiguousarray(array, dtype=np.float32), kind)
     writer.add_tensor(name, data, raw_dtype=kind if data.dtype == np.uint8 else None)

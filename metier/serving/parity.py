@@ -75,7 +75,11 @@ def choose_probes(dataset: Path, renderer: Renderer, context: int | None) -> lis
     """
     import polars as pl
 
-    frame = pl.read_parquet(dataset / "records.parquet", columns=["record_id", "split", "messages"])
+    path = dataset / "records.parquet"
+    try:
+        frame = pl.read_parquet(path, columns=["record_id", "split", "messages"])
+    except pl.exceptions.PolarsError as error:
+        raise RunError(f"`{path}` cannot be read as a data set's records", hint="`metier prepare` makes it") from error
     held_out = [row for row in frame.iter_rows(named=True) if row["split"] in ("test", "val")]
     held_out.sort(key=lambda row: (row["split"] != "test", hashlib.sha256(row["record_id"].encode()).hexdigest()))
     probes: list[Probe] = []

@@ -23,8 +23,9 @@ NEEDS = {
     "vllm": "adapter", "kserve": "adapter", "ray": "merged", "mlx": "merged", "llama.cpp": "gguf", "ollama": "gguf",
 }  # fmt: skip
 FLOORS = {
-    "vllm": "vLLM 0.32.0", "kserve": "KServe 0.19 with vLLM 0.32.0", "ray": "Ray 2.54.0 with vLLM 0.32.0",
-    "mlx": "mlx-lm 0.30", "llama.cpp": "llama.cpp with LoRA in GGUF (2024-07 or later)", "ollama": "Ollama 0.17.1",
+    "vllm": "vLLM 0.32.0 or later", "kserve": "KServe with LLMInferenceService, vLLM 0.32.0 or later",
+    "ray": "Ray 2.54.0 or later with vLLM 0.32.0 or later", "mlx": "a current mlx-lm",
+    "llama.cpp": "a current llama.cpp", "ollama": "Ollama 0.17.1 or later",
 }  # fmt: skip
 VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
 # PEFT's entries that change what an adapter is, beyond B A alpha / r on linear layers.

@@ -12,12 +12,11 @@ import pytest
 import torch
 import transformers
 
-from metier import artifacts
 from metier.errors import ModelError, RecipeError, RunError
 from metier.model.specialist import load
 from metier.serving.export import export
 from tests.model.tiny import KINDS, Kind
-from tests.serving.tiny_run import tiny_run
+from tests.serving.tiny_run import restate, tiny_run
 
 
 @pytest.fixture(scope="module")
@@ -106,9 +105,7 @@ def test_too_few_held_out_records_are_refused_before_anything_is_written(run: Pa
     shutil.copytree(run, source)
     records = source / "dataset" / "records.parquet"
     pl.read_parquet(records).filter(pl.col("split") != "val").tail(60).write_parquet(records)
-    manifest = json.loads((source / "dataset" / "manifest.json").read_text())
-    manifest["files"]["records.parquet"]["bytes"] = records.stat().st_size
-    artifacts.write_json(source / "dataset" / "manifest.json", manifest)
+    restate(source / "dataset")
     with pytest.raises(RunError, match="at least 64 records and 2,000 tokens"):
         export(source, "adapter", out=tmp_path / "out")
     assert not (tmp_path / "out").exists() and not list(tmp_path.glob(".out*"))
@@ -128,12 +125,8 @@ def test_what_vllm_cannot_take_is_refused_before_any_file(
     source = tmp_path / "run"
     shutil.copytree(run, source)
     path = source / "adapter" / "adapter_config.json"
-    size = path.stat().st_size
-    text = json.dumps({**json.loads(path.read_text()), entry: value})
-    path.write_text(text.ljust(size))
-    manifest = json.loads((source / "adapter" / "manifest.json").read_text())
-    manifest["files"]["adapter_config.json"]["bytes"] = path.stat().st_size
-    artifacts.write_json(source / "adapter" / "manifest.json", manifest)
+    path.write_text(json.dumps({**json.loads(path.read_text()), entry: value}))
+    restate(source / "adapter")
     with pytest.raises(ModelError, match=words):
         export(source, "bundle", targets=["vllm"], out=tmp_path / "out")
     assert not (tmp_path / "out").exists()
@@ -155,3 +148,15 @@ def test_a_folder_of_others_is_not_replaced(run: Path, tmp_path: Path) -> None:
     with pytest.raises(RunError, match="is no export"):
         export(run, "adapter", out=tmp_path / "out")
     assert (tmp_path / "out" / "thesis.txt").read_text() == "x"
+
+
+@pytest.mark.parametrize("name", ["adapter/adapter_model.safetensors", "dataset/records.parquet"])
+def test_a_file_that_was_altered_since_is_not_exported(run: Path, tmp_path: Path, name: str) -> None:
+    source = tmp_path / "run"
+    shutil.copytree(run, source)
+    data = bytearray((source / name).read_bytes())
+    data[-8] ^= 1
+    (source / name).write_bytes(bytes(data))
+    with pytest.raises(RunError, match="altered"):
+        export(source, "adapter", out=tmp_path / "out")
+    assert not (tmp_path / "out").exists()
