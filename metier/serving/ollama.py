@@ -10,7 +10,7 @@ Limits: messages alternate between user and assistant, a system message stands f
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 from os.path import commonprefix
 
 import jinja2
@@ -29,6 +29,7 @@ class Pieces:
     default_system: str
     before_user: str
     after_user: str
+    before_answer: str
     after_answer: str
 
     def render(self, messages: Sequence[Message]) -> str:
@@ -39,14 +40,14 @@ class Pieces:
             if message["role"] == "user":
                 text += self.before_user + message["content"] + self.after_user
             elif message["role"] == "assistant":
-                text += message["content"] + self.after_answer
+                text += self.before_answer + message["content"] + self.after_answer
         return text
 
     def template(self) -> str:
         """The Go template. No dash in its brackets: a dash would eat the line breaks beside it."""
         system = f"{self.before_system}{{{{ .System }}}}{self.after_system}"
         user = f"{self.before_user}{{{{ .Content }}}}{self.after_user}"
-        answer = f"{{{{ .Content }}}}{self.after_answer}"
+        answer = f"{self.before_answer}{{{{ .Content }}}}{self.after_answer}"
         turn = f'{{{{ if eq .Role "user" }}}}{user}{{{{ else if eq .Role "assistant" }}}}{answer}{{{{ end }}}}'
         start = f"{{{{ if .System }}}}{system}{{{{ else }}}}{self.default_system}{{{{ end }}}}"
         return f"{start}{{{{ range .Messages }}}}{turn}{{{{ end }}}}"
@@ -60,7 +61,7 @@ def ollama_template(renderer: Renderer) -> str | None:
     except (jinja2.TemplateError, ValueError):
         return None
     text = pieces.template()
-    spoils = any("{{" in piece or '"""' in piece for piece in _texts(pieces))
+    spoils = any("{{" in piece or '"""' in piece for piece in astuple(pieces))
     return text if same and not spoils else None
 
 
@@ -76,14 +77,16 @@ def _pieces(renderer: Renderer) -> Pieces:
     before_system, rest = whole.split(SYSTEM)
     between, rest = rest.split(USER)
     opening, rest = rest.split(ANSWER)
-    after, _ = rest.split(SECOND)
+    after, opened = rest.split(SECOND)
     default, _ = alone.split(USER)
     # What every user message begins with, whatever stands before it.
     user = commonprefix([text[::-1] for text in (between, after, default)])[::-1]
     cut = len(user)
+    if not opening.startswith(opened):
+        raise ValueError("what follows a user's message depends on what follows")
     return Pieces(
-        before_system, between[: len(between) - cut], default[: len(default) - cut], user, opening,
-        after[: len(after) - cut],
+        before_system, between[: len(between) - cut], default[: len(default) - cut], user, opened,
+        opening[len(opened) :], after[: len(after) - cut],
     )  # fmt: skip
 
 
@@ -106,8 +109,3 @@ def _trials() -> list[list[Message]]:
 
 def _message(role: str, content: str) -> Message:
     return {"role": role, "content": content}
-
-
-def _texts(pieces: Pieces) -> list[str]:
-    return [pieces.before_system, pieces.after_system, pieces.default_system, pieces.before_user, pieces.after_user,
-            pieces.after_answer]  # fmt: skip

@@ -245,7 +245,8 @@ def _compare(
             ours, theirs = reference[index], value.cpu()
             width = min(ours.shape[1], theirs.shape[1])
             ours, theirs = ours[:, :width].double(), theirs[:, :width].double()
-            kl[index] = (ours.exp() * (ours - theirs)).sum(1).numpy()
+            # Never negative but for rounding.
+            kl[index] = (ours.exp() * (ours - theirs)).sum(1).clamp_min(0).numpy()
             top1[index] = (ours.argmax(1) == theirs.argmax(1)).numpy()
             targets = [probes[index].input_ids[t] for t in probes[index].positions]
             nll[index] = -theirs[range(len(targets)), targets].numpy()
