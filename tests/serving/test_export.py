@@ -160,3 +160,10 @@ def test_a_file_that_was_altered_since_is_not_exported(run: Path, tmp_path: Path
     with pytest.raises(RunError, match="altered"):
         export(source, "adapter", out=tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("adapter", [{"bias": "all"}, {"use_rslora": True}, {"target_modules": ["q_proj", "v_proj"]}])
+def test_an_adapter_of_another_make_is_exported_as_it_is(adapter: dict[str, Any], tmp_path: Path) -> None:
+    source = tiny_run(tmp_path, "qwen2", **adapter)
+    for to in ("adapter", "merged") if "bias" in adapter else ("adapter", "merged", "gguf"):
+        assert all(entry["passed"] for entry in parity(export(source, to)).values())
