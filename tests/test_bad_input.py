@@ -675,6 +675,7 @@ BAD_CALLS: dict[str, tuple[list[str], list[str]]] = {
     "records": (["inspect", "recipe.yaml", "--records", "0"], ["--records", "greater than or equal to 1"]),
     "no prompt": (["generate", "run"], ["there is no prompt", "hint: give --prompt"]),
     "generate from nowhere": (["generate", "runs/none", "--prompt", SECRET], ["`runs/none`", "hint: "]),
+    "a user who is not there": (["generate", "~nobody-here/x", "--prompt", SECRET], ["`~nobody-here/x`", "hint: "]),
     "chat with nowhere": (["chat", "./none"], ["there is no base model at `./none`", "hint: "]),
     "no tokens": (["generate", "run", "--max-new-tokens", "0", "--prompt", "a"], ["--max-new-tokens"]),
     "cold": (["generate", "run", "--temperature", "-1", "--prompt", "a"], ["--temperature"]),

@@ -7,11 +7,11 @@ import signal
 import sys
 from types import FrameType
 
-from metier.cli import export, stages, use
+from metier.cli import audit, export, serve, stages, use
 from metier.cli.app import app
 from metier.errors import Interrupted, MetierError
 
-__all__ = ["app", "export", "main", "stages", "use"]
+__all__ = ["app", "audit", "export", "main", "serve", "stages", "use"]
 
 
 def _interrupt(number: int, frame: FrameType | None) -> None:

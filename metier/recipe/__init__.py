@@ -7,20 +7,28 @@ resolved is stored with the run.
 
 from __future__ import annotations
 
+from metier.recipe.augment import AugmentConfig
+from metier.recipe.balance import BalanceConfig
 from metier.recipe.data import DataConfig
+from metier.recipe.dedup import DedupConfig
 from metier.recipe.evaluate import EvaluateConfig
 from metier.recipe.read import load_recipe, parse_recipe
 from metier.recipe.recipe import CLASSIC, Recipe
 from metier.recipe.section import Section
+from metier.recipe.serve import ServeConfig
 from metier.recipe.train import AdapterConfig, TrainConfig
 
 __all__ = [
     "CLASSIC",
     "AdapterConfig",
+    "AugmentConfig",
+    "BalanceConfig",
     "DataConfig",
+    "DedupConfig",
     "EvaluateConfig",
     "Recipe",
     "Section",
+    "ServeConfig",
     "TrainConfig",
     "load_recipe",
     "parse_recipe",
