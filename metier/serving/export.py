@@ -171,6 +171,8 @@ def _make(source: Source, plan: Plan, *, key: str, say: Say) -> None:
     probes = parity.choose_probes(source.run / "dataset", reference.renderer, reference.context)
     say(f"asking the adapter and its base {len(probes)} held-out records")
     measured = parity.measure_reference(reference, probes)
+    # What a killed export left is not built upon.
+    shutil.rmtree(plan.final.with_name(f".{plan.final.name}.partial"), ignore_errors=True)
     work = artifacts.work_folder(plan.final, key)
     try:
         entries = {form.name: _write_and_check(work, form, reference, measured, source, say) for form in forms}
@@ -227,7 +229,11 @@ def _write_and_check(
 
 def _refuse(failed: dict[str, list[str]], passed: list[Form], final: Path) -> None:
     reasons = "; ".join(f"{name}: {', '.join(found)}" for name, found in failed.items())
-    kept = f"`{final}` holds {', '.join(f.name for f in passed)}" if passed else "nothing was exported"
+    kept = "nothing was exported"
+    if passed:
+        kept = f"`{final}` holds {', '.join(form.name for form in passed)}"
+    elif final.exists():
+        kept = f"`{final}` is an earlier export and stays as it was"
     raise ModelError(
         f"the export is not the model that was measured, and is not given out. {reasons}. {kept[0].upper()}{kept[1:]}",
         hint=f"`{final.name}.PARITY.json` beside it has the numbers; a finer `--storage` (f16, or f32) loses less",

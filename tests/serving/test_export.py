@@ -39,10 +39,10 @@ def logits(model: Any, ids: list[int]) -> torch.Tensor:
 @pytest.mark.parametrize("kind", KINDS)
 def test_every_form_of_every_architecture_is_the_model_that_was_measured(kind: Kind, tmp_path: Path) -> None:
     source = tiny_run(tmp_path, kind)
-    for to, storage in (("adapter", []), ("merged", []), ("gguf", ["f16", "q8_0"])):
+    for to, storage in (("adapter", []), ("merged", []), ("gguf", ["f16"])):
         forms = parity(export(source, to, storage=storage))
         assert all(entry["passed"] and entry["rendering"]["identical"] == 20 for entry in forms.values()), forms
-    assert [*forms] == ["gguf-adapter", "gguf-f16", "gguf-q8_0"]
+    assert [*forms] == ["gguf-adapter", "gguf-f16"]
 
 
 def test_the_adapter_folder_loads_in_peft_with_its_own_tokenizer(run: Path, tmp_path: Path) -> None:
