@@ -237,17 +237,15 @@ def read_adapter_config(folder: Path) -> tuple[AdapterConfig, dict[str, Any]]:
     kind = entries.get("peft_type")
     if kind != "LORA":
         raise ModelError(f"`{path}` describes a {kind} adapter; metier loads LORA")
-    if missing := [
-        name for name in ("r", "lora_alpha", "target_modules", "base_model_name_or_path") if name not in entries
-    ]:
+    if missing := [name for name in ("r", "lora_alpha", "target_modules") if name not in entries]:
         raise ModelError(f"`{path}` lacks `{missing[0]}`", hint="it was written by something other than PEFT or metier")
     unsupported = ("use_dora", "rank_pattern", "alpha_pattern", "modules_to_save", "trainable_token_indices",
                    "lora_bias", "target_parameters", "fan_in_fan_out")  # fmt: skip
     for name in unsupported:
         if entries.get(name):
             raise ModelError(f"`{path}` uses `{name}`, which metier's LoRA does not have")
-    name, revision = entries["base_model_name_or_path"], entries.get("revision")
-    if not isinstance(name, str) or not isinstance(revision, str | None):
+    name, revision = entries.get("base_model_name_or_path"), entries.get("revision")
+    if not isinstance(name, str | None) or not isinstance(revision, str | None):
         raise ModelError(f"`{path}`: the base's name and revision are text", hint="name the base as a path or a hub id")
     try:
         config = AdapterConfig.model_validate(
