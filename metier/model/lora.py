@@ -244,8 +244,8 @@ def read_adapter_config(folder: Path) -> tuple[AdapterConfig, dict[str, Any]]:
     for name in unsupported:
         if entries.get(name):
             raise ModelError(f"`{path}` uses `{name}`, which metier's LoRA does not have")
-    name, revision = entries.get("base_model_name_or_path"), entries.get("revision")
-    if not isinstance(name, str | None) or not isinstance(revision, str | None):
+    base_name, revision = entries.get("base_model_name_or_path"), entries.get("revision")
+    if not isinstance(base_name, str | None) or not isinstance(revision, str | None):
         raise ModelError(f"`{path}`: the base's name and revision are text", hint="name the base as a path or a hub id")
     try:
         config = AdapterConfig.model_validate(
