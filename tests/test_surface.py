@@ -17,8 +17,11 @@ PUBLIC_NAMES = ["Recipe", "evaluate", "export", "load", "prepare", "run", "train
 
 RECIPE_KEYS = """
     base revision out preset seed domain
-    data.sources data.test_sources data.prompt data.answer data.system data.messages data.text data.group_id data.task
+    data.sources data.test_sources data.encoding data.header_line data.passage_chars
+    data.prompt data.answer data.system data.messages data.text data.group_id data.task
     data.val data.test
+    clean.control clean.whitespace clean.width clean.html clean.script clean.mojibake clean.boilerplate
+    clean.min_chars clean.max_chars clean.languages clean.contradictions
     dedup.exact dedup.near dedup.threshold dedup.benchmarks
     balance.classes balance.limit balance.sources balance.general balance.general_share
     augment.methods augment.copies

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from metier.recipe.augment import AugmentConfig
 from metier.recipe.balance import BalanceConfig
+from metier.recipe.clean import CleanConfig
 from metier.recipe.data import DataConfig
 from metier.recipe.dedup import DedupConfig
 from metier.recipe.evaluate import EvaluateConfig
@@ -21,6 +22,7 @@ from metier.recipe.train import AdapterConfig, TrainConfig
 __all__ = [
     "CLASSIC",
     "AdapterConfig",
+    "CleanConfig",
     "AugmentConfig",
     "BalanceConfig",
     "DataConfig",

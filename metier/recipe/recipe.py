@@ -9,6 +9,7 @@ from pydantic import Field, model_validator
 
 from metier.recipe.augment import AugmentConfig
 from metier.recipe.balance import BalanceConfig
+from metier.recipe.clean import CleanConfig
 from metier.recipe.data import DataConfig
 from metier.recipe.dedup import DedupConfig
 from metier.recipe.evaluate import EvaluateConfig
@@ -37,6 +38,7 @@ class Recipe(Section):
         description="`finance`, `medicine`, `education`, or a YAML file of your own: wordings, terms, red lines.",
     )
     data: DataConfig
+    clean: CleanConfig = CleanConfig()
     dedup: DedupConfig = DedupConfig()
     balance: BalanceConfig = BalanceConfig()
     augment: AugmentConfig = AugmentConfig()
