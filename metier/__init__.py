@@ -5,11 +5,12 @@ from __future__ import annotations
 import importlib
 from typing import Any
 
-__all__ = ["Recipe", "evaluate", "load", "prepare", "run", "serve", "train"]
+__all__ = ["Recipe", "evaluate", "export", "load", "prepare", "run", "serve", "train"]
 
 _HOMES = {
     "Recipe": "metier.recipe",
     "evaluate": "metier.pipeline",
+    "export": "metier.serving.export",
     "load": "metier.model.specialist",
     "prepare": "metier.pipeline",
     "run": "metier.pipeline",

@@ -31,7 +31,7 @@ LIBRARIES = ("torch", "transformers", "tokenizers", "safetensors", "numpy", "pol
 STAGES = ("dataset", "adapter", "evidence")
 # All that a run's folder holds, but for what is hidden while a stage or a write is at work.
 PAGES = ("report.html", "report.en.html", "report.zh.html", "MODEL_CARD.md")
-RUN_NAMES = {"recipe.yaml", ".lock", *STAGES, *PAGES, "audit.jsonl", "tensorboard", "forgotten.json"}
+RUN_NAMES = {"recipe.yaml", ".lock", *STAGES, *PAGES, "audit.jsonl", "tensorboard", "forgotten.json", "export"}
 AT_WORK = (".partial", ".old", ".tmp")
 
 
@@ -110,11 +110,13 @@ def read_manifest(folder: Path) -> dict[str, Any] | None:
     """The manifest of a complete artifact, or None where there is none (or none that parses)."""
     try:
         manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
-    except (FileNotFoundError, NotADirectoryError, json.JSONDecodeError, UnicodeDecodeError):
+    except (FileNotFoundError, NotADirectoryError, ValueError, RecursionError):
         return None
     if not isinstance(manifest, dict) or not {"key", "digest", "files"} <= manifest.keys():
         return None
-    return manifest if isinstance(manifest["files"], dict) else None
+    files = manifest["files"]
+    whole = isinstance(files, dict) and all(isinstance(entry, dict) for entry in files.values())
+    return manifest if whole else None
 
 
 def is_current(folder: Path, key: str) -> bool:

@@ -13,7 +13,7 @@ from metier.artifacts import complete, work_folder
 from metier.cli import app
 from metier.recipe import Recipe
 
-PUBLIC_NAMES = ["Recipe", "evaluate", "load", "prepare", "run", "serve", "train"]
+PUBLIC_NAMES = ["Recipe", "evaluate", "export", "load", "prepare", "run", "serve", "train"]
 
 RECIPE_KEYS = """
     base revision out preset seed domain
@@ -47,6 +47,7 @@ COMMANDS = {
     "trace": "runs --subject",
     "forget": "run --subject",
     "generate": f"run --base --prompt --system {DECODING}",
+    "export": "run --for --out --storage --to",
     "serve": "runs --host --port --api-key-file --guard --max-batch --max-new-tokens --request-seconds --precision "
     "--device",
     "compare": "runs --csv",

@@ -10,7 +10,6 @@ refuses `train_on: all_assistant`.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,7 +17,8 @@ from typing import Any, Protocol
 
 import jinja2
 
-from metier.errors import ControlTokenError, LabelError
+from metier.errors import ControlTokenError, LabelError, ModelError
+from metier.model.resolve import read_json
 
 IGNORE_INDEX = -100
 Message = dict[str, str]
@@ -53,9 +53,12 @@ def eos_token_ids(checkpoint: Path) -> list[int]:
     """Where the checkpoint's own generation settings stop: more ids than the tokenizer's EOS, in LLaMA 3 for one."""
     for name in ("generation_config.json", "config.json"):
         if (checkpoint / name).is_file():
-            value = json.loads((checkpoint / name).read_text(encoding="utf-8")).get("eos_token_id")
+            value = read_json(checkpoint / name).get("eos_token_id")
+            ids = value if isinstance(value, list) else [value]
             if value is not None:
-                return list(value) if isinstance(value, list) else [int(value)]
+                if not all(isinstance(i, int) for i in ids):
+                    raise ModelError(f"`eos_token_id` in `{checkpoint / name}` is no token id and no list of them")
+                return list(ids)
     return []
 
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import io
+import json
 import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -18,6 +19,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import accelerate
+import tokenizers
 import torch
 import transformers
 from safetensors import SafetensorError
@@ -28,8 +30,10 @@ from metier.errors import ModelError, RunError
 from metier.kernels.frozen import Storage
 from metier.model import weights
 from metier.model.embedded import Progress, say
+from metier.model.gguf_header import read_header
 from metier.model.quantise import check_storage, quantise_linear, quantise_model
 from metier.model.resolve import base_digest, first_line, read_json, resolve_base
+from metier.model.template_check import check_template
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "tekken.json")
 # Its type hints are partial: what comes out of it is checked here, not by the type checker.
@@ -92,6 +96,8 @@ def load_base(
     with _quiet():
         _check_architecture(path, progress)
         tokenizer = load_tokenizer(path)
+        if isinstance(tokenizer.chat_template, str):
+            check_template(tokenizer.chat_template)
         model = _load_model(path, dtype, device, storage, progress)
     top = max(tokenizer.get_vocab().values())
     rows = model.get_input_embeddings().num_embeddings
@@ -100,6 +106,8 @@ def load_base(
             f"the tokenizer in `{path}` has ids up to {top}, and the model has embeddings for {rows} tokens only",
             hint="tokens were added without resizing the model; use the tokenizer that the weights were saved with",
         )
+    if bad := [name for name, weight in model.named_parameters() if not bool(torch.isfinite(weight).all())]:
+        raise ModelError(f"`{bad[0]}` in `{path}` holds numbers that are not finite", hint="fetch the model again")
     model.requires_grad_(False).eval()
     commit = path.name if path.parent.name == "snapshots" else None
     return Base(model, tokenizer, path, name, commit, base_digest(path), dtype, device, storage)
@@ -150,11 +158,17 @@ def convert_gguf(gguf: Path, folder: Path) -> None:
     The values are the file's dequantised ones, to the last bit. Raises `ModelError` for a file that
     cannot be read or an architecture that transformers does not convert, and `RunError` for a full disk.
     """
+    header = read_header(gguf)
+    # transformers leaves the size of Qwen3's heads at 128 whatever the file says.
+    head_size = header.fields.get(f"{header.architecture}.attention.key_length")
+    sizes = {"head_dim": head_size} if header.architecture == "qwen3" and head_size else {}
     # The converter's bar asks nobody: it writes to standard error whatever the settings say.
     with _quiet(), contextlib.redirect_stderr(io.StringIO()):
         try:
             tokenizer = gguf_tokenizer(gguf)
-            loaded = _hf.AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32)
+            loaded = _hf.AutoModelForCausalLM.from_pretrained(
+                gguf.parent, gguf_file=gguf.name, dtype=torch.float32, **sizes
+            )
         # The gguf reader fails on a damaged file with whatever its bytes lead to.
         except Exception as error:
             raise ModelError(
@@ -162,16 +176,49 @@ def convert_gguf(gguf: Path, folder: Path) -> None:
                 hint="name a folder of safetensors or a hub id instead",
             ) from error
         # What comes from GGUF keeps a quantizer that refuses to be saved, though its weights are plain fp32.
-        settings = {key: value for key, value in loaded.config.to_dict().items() if key != "quantization_config"}
-        with torch.device("meta"):
-            plain = type(loaded)(type(loaded.config).from_dict(settings))
-        plain.load_state_dict(loaded.state_dict(), assign=True)
-        plain.tie_weights()
+        save_weights(loaded, loaded.state_dict(), folder)
+        _without_invented(tokenizer, loaded.get_input_embeddings().num_embeddings).save_pretrained(folder)
+
+
+def _without_invented(tokenizer: Any, rows: int) -> Any:
+    """transformers adds `<|endoftext|>` to a GGUF's vocabulary without it (LLaMA 3's), beyond the embeddings."""
+    pipeline = json.loads(tokenizer.backend_tokenizer.to_str())
+    kept = [token for token in pipeline["added_tokens"] if token["id"] < rows]
+    if len(kept) == len(pipeline["added_tokens"]):
+        return tokenizer
+    backend = tokenizers.Tokenizer.from_str(json.dumps(pipeline | {"added_tokens": kept}))
+    return _hf.PreTrainedTokenizerFast(
+        tokenizer_object=backend, chat_template=tokenizer.chat_template, **tokenizer.special_tokens_map
+    )
+
+
+def save_weights(model: Any, state: dict[str, torch.Tensor], folder: Path) -> None:
+    """Writes a checkpoint of `model`'s class and config with the weights `state`, in shards of at most 5 GB.
+
+    The embeddings are tied as config says, unless `state` has an output head of its own. Raises `RunError` for
+    a full disk.
+    """
+    settings = {key: value for key, value in model.config.to_dict().items() if key != "quantization_config"}
+    with torch.device("meta"):
+        plain = type(model)(type(model.config).from_dict(settings))
+    plain.load_state_dict(state, assign=True, strict=False)
+    plain.tie_weights()
+    if missing := [name for name, tensor in plain.state_dict().items() if tensor.is_meta]:
+        raise ModelError(f"no weight was given for `{missing[0]}`")
+    plain.generation_config = model.generation_config
+    with _quiet(), contextlib.redirect_stderr(io.StringIO()):
         try:
-            plain.save_pretrained(folder)
+            plain.save_pretrained(folder, max_shard_size="5GB")
         except SafetensorError as error:
             raise RunError(f"the weights could not be written to `{folder}`: {first_line(error)}") from error
-        tokenizer.save_pretrained(folder)
+
+
+def others_tokenizer(path: Path) -> Any:
+    """The tokenizer that other programs get from a folder: transformers' own choice of class. Raises `ModelError`."""
+    try:
+        return _hf.AutoTokenizer.from_pretrained(path, trust_remote_code=False, local_files_only=True)
+    except Exception as error:  # as in `load_tokenizer`
+        raise ModelError(f"the tokenizer in `{path}` cannot be read: {first_line(error)}") from error
 
 
 def tokens_per_pass(device: torch.device) -> int:

@@ -8,13 +8,13 @@ gives its outputs exactly.
 from __future__ import annotations
 
 import contextlib
-import json
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import pydantic
 import safetensors
 import safetensors.torch
 import torch
@@ -24,6 +24,7 @@ from metier.artifacts import write_atomic, write_json
 from metier.errors import ModelError, did_you_mean
 from metier.kernels.reference import low_rank
 from metier.model.quantise import FrozenLinear
+from metier.model.resolve import first_line, read_json
 from metier.recipe import AdapterConfig
 
 PREFIX = "base_model.model."
@@ -224,15 +225,10 @@ def read_adapter_config(folder: Path) -> tuple[AdapterConfig, dict[str, Any]]:
     per-layer ranks, trained embeddings): a silently dropped part would give another model.
     """
     path = folder / "adapter_config.json"
-    try:
-        entries = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise ModelError(
-            f"`{folder}` holds no adapter_config.json", hint="name a run's folder or a PEFT adapter"
-        ) from None
-    except (json.JSONDecodeError, UnicodeDecodeError):
-        raise ModelError(f"`{path}` is not valid JSON") from None
-    kind = entries.get("peft_type") if isinstance(entries, dict) else None
+    if not path.is_file():
+        raise ModelError(f"`{folder}` holds no adapter_config.json", hint="name a run's folder or a PEFT adapter")
+    entries = read_json(path)
+    kind = entries.get("peft_type")
     if kind != "LORA":
         raise ModelError(f"`{path}` describes a {kind} adapter; metier loads LORA")
     if missing := [name for name in ("r", "lora_alpha", "target_modules") if name not in entries]:
@@ -242,11 +238,22 @@ def read_adapter_config(folder: Path) -> tuple[AdapterConfig, dict[str, Any]]:
     for name in unsupported:
         if entries.get(name):
             raise ModelError(f"`{path}` uses `{name}`, which metier's LoRA does not have")
-    config = AdapterConfig(
-        rank=entries["r"], alpha=float(entries["lora_alpha"]), target_modules=list(entries["target_modules"]),
-        dropout=float(entries.get("lora_dropout") or 0.0), bias=entries.get("bias", "none"),
-        use_rslora=bool(entries.get("use_rslora")),
-    )  # fmt: skip
+    base_name, revision = entries.get("base_model_name_or_path"), entries.get("revision")
+    if not isinstance(base_name, str | None) or not isinstance(revision, str | None):
+        raise ModelError(f"`{path}`: the base's name and revision are text", hint="name the base as a path or a hub id")
+    try:
+        config = AdapterConfig.model_validate(
+            {
+                "rank": entries["r"], "alpha": entries["lora_alpha"], "target_modules": entries["target_modules"],
+                "dropout": entries.get("lora_dropout") or 0.0, "bias": entries.get("bias") or "none",
+                "use_rslora": entries.get("use_rslora") or False,
+            }
+        )  # fmt: skip
+    except pydantic.ValidationError as error:
+        first = error.errors()[0]
+        raise ModelError(f"`{path}` is no adapter's: {first['loc'][0]} is wrong ({first['msg']})") from None
+    if not math.isfinite(config.alpha):
+        raise ModelError(f"`{path}`: lora_alpha is not finite")
     return config, entries
 
 
@@ -254,16 +261,28 @@ def load_adapter(model: nn.Module, folder: Path) -> Adapter:
     """Attaches the adapter of a PEFT folder to `model`. Raises `ModelError` when file and model do not fit."""
     config, _ = read_adapter_config(folder)
     path = folder / "adapter_model.safetensors"
-    if not path.exists():
+    if not path.is_file():
         raise ModelError(
             f"`{folder}` holds no adapter_model.safetensors", hint="metier loads safetensors only, never pickle"
         )
     try:
         tensors = safetensors.torch.load_file(path)
-    except safetensors.SafetensorError as error:
-        raise ModelError(f"`{path}` is damaged: {error}") from None
+    except (safetensors.SafetensorError, OSError, ValueError, KeyError, RecursionError) as error:
+        raise ModelError(f"`{path}` is damaged: {first_line(error)}") from None
+    _check_tensors(path, tensors, config.rank)
     # The tensors say which layers they belong to, however the file's target_modules were spelled.
     names = sorted({key.removeprefix(PREFIX).split(".lora_")[0] for key in tensors if ".lora_" in key})
     adapter = attach(model, config.model_copy(update={"target_modules": names}), seed=0)
     adapter.load(tensors)
     return adapter
+
+
+def _check_tensors(path: Path, tensors: dict[str, torch.Tensor], rank: int) -> None:
+    """Refuses integers, numbers that are not finite, and ranks other than the file's own, before anything is built."""
+    for name, tensor in tensors.items():
+        if not tensor.dtype.is_floating_point or tensor.dtype.itemsize < 2:
+            raise ModelError(f"`{name}` in `{path}` is stored as {tensor.dtype}, and an adapter's weights are floats")
+        if not bool(torch.isfinite(tensor).all()):
+            raise ModelError(f"`{name}` in `{path}` holds numbers that are not finite", hint="was the training stable?")
+        if name.endswith(".lora_A.weight") and tensor.shape[:1] != (rank,):
+            raise ModelError(f"`{name}` in `{path}` has the shape {[*tensor.shape]}, and its rank is {rank}")

@@ -22,11 +22,15 @@ from safetensors import SafetensorError, safe_open
 from metier.artifacts import MANIFEST, digest_file, digest_json, disk_errors, write_json
 from metier.errors import ModelError, RunError, did_you_mean
 from metier.model.embedded import EMBEDDED, Progress, cache_dir, converted, embedded_base, say
+from metier.model.gguf_header import read_header
 
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 CHECKPOINT_FILES = ("*.safetensors", "*.json", "*.jinja", "*.model", "*.txt", "*.tiktoken")
 PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
 INDEX = "model.safetensors.index.json"
+MAX_JSON = 64 * 2**20
+# The types that weights are stored in; integers and 8-bit floats need a scale that plain safetensors do not have.
+FLOATS = ("F64", "F32", "F16", "BF16")
 
 
 def resolve_base(name: str, revision: str | None = None, *, progress: Progress = say) -> Path:
@@ -73,12 +77,7 @@ def base_digest(path: Path) -> str:
 
 
 def _converted_gguf(path: Path, progress: Progress) -> Path:
-    with path.open("rb") as file:
-        magic = file.read(4)
-    if magic != b"GGUF":
-        raise ModelError(
-            f"`{path}` is a file, and no GGUF file", hint="name the folder that holds config.json and the safetensors"
-        )
+    read_header(path)
     sha256 = _remembered_digest(path)
     final = cache_dir() / "models" / f"gguf-{sha256[:16]}"
     return converted(final, sha256, lambda scratch: path.absolute(), progress)
@@ -140,20 +139,63 @@ def _check_folder(path: Path) -> None:
     if not weights:
         raise ModelError(f"`{path}` has a config.json but no *.safetensors weights", hint="fetch the model again")
     if (path / INDEX).is_file():
-        shards = set(read_json(path / INDEX).get("weight_map", {}).values())
-        if missing := sorted(shard for shard in shards if not (path / str(shard)).is_file()):
+        listed = read_json(path / INDEX).get("weight_map")
+        shards = {str(shard) for shard in listed.values()} if isinstance(listed, dict) else {""}
+        if bad := sorted(shard for shard in shards if Path(shard).name != shard or not shard):
+            raise ModelError(
+                f"`{path / INDEX}` lists a weight file outside of the folder, or none: `{bad[0]}`",
+                hint="fetch the model again",
+            )
+        if missing := sorted(shard for shard in shards if not (path / shard).is_file()):
             raise ModelError(
                 f"`{path}` lacks {len(missing)} of its {len(shards)} weight files, {missing[0]} first",
                 hint="fetch it again",
             )
+    shapes: dict[str, list[int]] = {}
     for file in weights:
-        try:
-            with safe_open(file, framework="np"):
-                pass
-        except (SafetensorError, OSError) as error:
+        shapes |= safetensors_shapes(file)
+    _check_sizes(path, shapes)
+
+
+def safetensors_shapes(file: Path) -> dict[str, list[int]]:
+    """The shapes of a file's tensors by name, from its header. Raises `ModelError` for a file that is damaged, no
+    regular file, or holds weights that are no plain floating-point numbers."""
+    if not file.is_file():
+        raise ModelError(f"`{file}` is no regular file", hint="fetch or copy the file again")
+    shapes = {}
+    try:
+        with safe_open(file, framework="np") as opened:
+            for name in opened.keys():  # noqa: SIM118  (it is no mapping)
+                tensor = opened.get_slice(name)
+                shapes[name] = tensor.get_shape()
+                if name.endswith(".weight") and tensor.get_dtype() not in FLOATS:
+                    raise ModelError(
+                        f"`{name}` in `{file}` is stored as {tensor.get_dtype()}, and weights are {', '.join(FLOATS)}",
+                        hint="name the original model, not a quantised one",
+                    )
+    except (SafetensorError, OSError, ValueError, RecursionError) as error:
+        raise ModelError(f"`{file}` is damaged: {first_line(error)}", hint="fetch or copy the file again") from error
+    return shapes
+
+
+def _check_sizes(path: Path, shapes: dict[str, list[int]]) -> None:
+    """A model is built by config.json's numbers before a weight is read: they must fit the tensors that are there."""
+    config = read_json(path / "config.json")
+    inner = config.get("text_config")
+    config = inner if isinstance(inner, dict) else config
+    largest = max((max(shape) for shape in shapes.values() if shape), default=0)
+    embeddings = next((shape for name, shape in shapes.items() if name.endswith("embed_tokens.weight")), [])
+    limits = {"num_hidden_layers": len(shapes), "vocab_size": largest, "hidden_size": largest}
+    limits |= {"intermediate_size": largest, "num_attention_heads": largest, "head_dim": largest}
+    if len(embeddings) == 2:
+        limits["hidden_size"] = embeddings[1]
+    for key, limit in limits.items():
+        value = config.get(key)
+        if value is not None and not (isinstance(value, int) and 0 < value <= limit):
             raise ModelError(
-                f"`{file}` is damaged: {first_line(error)}", hint="fetch or copy the file again"
-            ) from error
+                f"`{key}` in `{path / 'config.json'}` is {str(value)[:40]}, and its weights allow {limit} at most",
+                hint="config.json and the safetensors are of different models; fetch the model again",
+            )
 
 
 def _remembered_digest(path: Path) -> str:
@@ -178,8 +220,11 @@ def _remembered_digest(path: Path) -> str:
 def read_json(path: Path) -> dict[str, Any]:
     """The JSON object in `path`. Raises `ModelError` when it is not one."""
     try:
+        if path.stat().st_size > MAX_JSON:
+            raise ModelError(f"`{path}` is larger than {MAX_JSON >> 20} MB, too large for settings")
         value = json.loads(path.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+    # Not only bad JSON: numbers of thousands of digits and brackets nested without end are refused too.
+    except (ValueError, RecursionError) as error:
         raise ModelError(
             f"`{path}` is not valid JSON: {first_line(error)}", hint="fetch or copy the file again"
         ) from None

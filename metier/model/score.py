@@ -94,24 +94,35 @@ def answer_log_probs(
     """
     results: list[np.ndarray] = [np.zeros(0)] * len(sequences)
     finished = 0
+    for row, log_probs in distributions(base, sequences, max_tokens=max_tokens):
+        for index, values in zip(row, log_probs, strict=True):
+            tokens, positions = sequences[index]
+            targets = [tokens[t] for t in positions]
+            results[index] = values[range(len(targets)), targets].double().cpu().numpy()
+        finished += len(row)
+        done(finished)
+    return results
+
+
+@torch.no_grad()
+def distributions(
+    base: Base, sequences: Sequence[tuple[list[int], list[int]]], *, max_tokens: int
+) -> Iterator[tuple[list[int], tuple[torch.Tensor, ...]]]:
+    """For each pass of at most `max_tokens` tokens: its sequences, and for each log p(. | before) at its positions.
+
+    A sequence is (input_ids, positions), positions above 0; a distribution is fp32 [len(positions), V], in nats.
+    """
     for row in _rows([len(ids) for ids, _ in sequences], max_tokens):
         ids: list[int] = []
         position_ids: list[int] = []
         keep: list[int] = []
-        targets: list[int] = []
         for index in row:
             tokens, positions = sequences[index]
             keep += [len(ids) + t - 1 for t in positions]
-            targets += [tokens[t] for t in positions]
             ids += tokens
             position_ids += range(len(tokens))
-        flat = _log_probs(base, ids, position_ids, keep, None)[range(len(targets)), targets].double().cpu().numpy()
-        ends = np.cumsum([len(sequences[index][1]) for index in row])
-        for index, values in zip(row, np.split(flat, ends[:-1]), strict=True):
-            results[index] = values
-        finished += len(row)
-        done(finished)
-    return results
+        log_probs = _log_probs(base, ids, position_ids, keep, None)
+        yield row, torch.split(log_probs, [len(sequences[index][1]) for index in row])
 
 
 @torch.no_grad()

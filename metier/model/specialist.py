@@ -213,8 +213,12 @@ def load(
     names: dict[str, Precision] = {
         "float32": "fp32", "bfloat16": "bf16", "float16": "fp16", "fp8": "fp8", "nf4": "nf4",
     }  # fmt: skip
-    trained = names.get(manifest.get("precision", ""), "auto")
-    name = manifest.get("base", {}).get("name") or entries["base_model_name_or_path"]
+    trained = names.get(str(manifest.get("precision")), "auto")
+    stated = manifest.get("base")
+    name = stated.get("name") if isinstance(stated, dict) else None
+    name = name if isinstance(name, str) and name else entries.get("base_model_name_or_path")
+    if not name:
+        raise ModelError(f"`{adapter_folder}` does not name its base model", hint="set `base_model_name_or_path` in it")
     same_device = manifest.get("device") == resolve_device(device).type
     base = _base(
         name, entries.get("revision"), device, trained if precision == "auto" and same_device else precision, say
