@@ -5,10 +5,11 @@ from __future__ import annotations
 import importlib
 from typing import Any
 
-__all__ = ["Recipe", "evaluate", "load", "prepare", "run", "train"]
+__all__ = ["Recipe", "deidentify", "evaluate", "load", "prepare", "run", "train"]
 
 _HOMES = {
     "Recipe": "metier.recipe",
+    "deidentify": "metier.data.deidentify.rewrite",
     "evaluate": "metier.pipeline",
     "load": "metier.model.specialist",
     "prepare": "metier.pipeline",
