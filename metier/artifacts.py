@@ -30,7 +30,9 @@ LOGS = ("metrics.jsonl",)
 LIBRARIES = ("torch", "transformers", "tokenizers", "safetensors", "numpy", "polars")
 STAGES = ("dataset", "adapter", "evidence")
 # All that a run's folder holds, but for what is hidden while a stage or a write is at work.
-RUN_NAMES = {"recipe.yaml", ".lock", *STAGES, "report.html", "MODEL_CARD.md", "audit.jsonl", "tensorboard"}
+RUN_NAMES = {"recipe.yaml", ".lock", *STAGES, "report.html", "MODEL_CARD.md", "audit.jsonl", "tensorboard"} | {
+    "forgotten.json"
+}
 AT_WORK = (".partial", ".old", ".tmp")
 
 
@@ -263,8 +265,9 @@ def _refuse_other_files(out: Path) -> None:
 def append_audit(out: Path, action: str, **facts: Any) -> None:
     """Appends one line to `out/audit.jsonl`: when, who, what, digests; no record text, no personal data.
 
-    Each line carries the SHA-256 of the line before it, so that an altered or missing line shows. A
-    last line torn by a kill is removed first: it was never acknowledged.
+    Each line carries the SHA-256 of the line before it and one of itself, so that an altered or missing line
+    shows. A last line torn by a kill is removed first: it was never acknowledged. Fails closed: where the lines
+    do not hold together, or the disk refuses the new one, `RunError` stops the work.
     """
     path = out / "audit.jsonl"
     with disk_errors(path):
@@ -272,16 +275,78 @@ def append_audit(out: Path, action: str, **facts: Any) -> None:
         if lines and not lines[-1].endswith(b"\n"):
             lines.pop()
             write_atomic(path, b"".join(lines))
-        previous = digest_bytes(lines[-1]) if lines else "0" * 64
+        _refuse_broken(path, lines)
         now = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
         entry = {
             "time": now,
             "user_id": os.getuid() if hasattr(os, "getuid") else None,
             "action": action,
             **facts,
-            "previous": previous,
+            "previous": digest_bytes(lines[-1]) if lines else "0" * 64,
         }
+        entry["digest_of_line"] = digest_json(entry)
         with path.open("ab") as file:
             file.write((json.dumps(entry, ensure_ascii=False) + "\n").encode())
             file.flush()
             os.fsync(file.fileno())
+
+
+def audit_artifacts(out: Path, *, recovered: bool = False) -> None:
+    """Appends a line for every complete artifact of the run that `audit.jsonl` does not name yet.
+
+    Called after a stage and when a run begins: between an artifact's completion and its line a kill may
+    fall, and then the line is made from the manifest, with `recovered`. Raises `RunError` as `append_audit`.
+    """
+    path = out / "audit.jsonl"
+    lines = path.read_bytes().splitlines(keepends=True) if path.exists() else []
+    _refuse_broken(path, [line for line in lines if line.endswith(b"\n")])
+    known = {json.loads(line).get("digest") for line in lines if line.endswith(b"\n")}
+    for stage, action in (("dataset", "prepare"), ("adapter", "train"), ("evidence", "evaluate")):
+        manifest = read_manifest(out / stage)
+        if manifest is not None and manifest["digest"] not in known:
+            facts = {name: manifest[name] for name in ("parents", "counts") if manifest.get(name)}
+            facts |= {"recovered": True} if recovered else {}
+            append_audit(out, action, digest=manifest["digest"], key=manifest["key"], **facts)
+
+
+def check_audit(out: Path) -> list[str]:
+    """What is wrong with `out/audit.jsonl`, a sentence for each line and each artifact without one; empty: nothing."""
+    path = out / "audit.jsonl"
+    lines = path.read_bytes().splitlines(keepends=True) if path.exists() else []
+    problems = list(_broken_lines(lines))
+    named = {entry.get("digest") for line in lines if (entry := _audit_entry(line)) is not None}
+    for stage in STAGES:
+        manifest = read_manifest(out / stage)
+        if manifest is not None and manifest["digest"] not in named:
+            problems.append(f"`{stage}` has the digest {manifest['digest'][:16]}, which no line of audit.jsonl names")
+    return problems
+
+
+def _broken_lines(lines: list[bytes]) -> Iterator[str]:
+    previous = "0" * 64
+    for number, line in enumerate(lines, start=1):
+        entry = _audit_entry(line)
+        if entry is None:
+            yield f"audit.jsonl, line {number}: torn or not JSON"
+        elif entry.get("previous") != previous:
+            yield f"audit.jsonl, line {number}: the line before it was altered, or one is missing"
+        elif entry.pop("digest_of_line", None) != digest_json(entry):
+            yield f"audit.jsonl, line {number}: altered"
+        previous = digest_bytes(line)
+
+
+def _audit_entry(line: bytes) -> dict[str, Any] | None:
+    try:
+        entry = json.loads(line)
+    except ValueError:
+        return None
+    return entry if isinstance(entry, dict) and line.endswith(b"\n") else None
+
+
+def _refuse_broken(path: Path, lines: list[bytes]) -> None:
+    if problem := next(_broken_lines(lines), None):
+        raise RunError(
+            f"`{path}` was tampered with: {problem}",
+            hint="nothing is done in this run as long as its log is not as it was written: restore the file from a "
+            "copy, or start a new run in another folder",
+        )

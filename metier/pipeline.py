@@ -13,7 +13,7 @@ from typing import Any, Protocol
 
 from metier.artifacts import (
     MANIFEST,
-    append_audit,
+    audit_artifacts,
     digest_json,
     is_current,
     is_whole,
@@ -81,6 +81,7 @@ def evaluate(recipe: Recipe, ui: Ui | None = None) -> Path:
 def _run_folder(recipe: Recipe, ui: Ui | None) -> Iterator[tuple[Path, Ui]]:
     out = Path(recipe.out)
     with lock_run(out):
+        audit_artifacts(out, recovered=True)  # of what was completed just before a kill
         yield out, ui or Silent()
         _store(recipe, out)
 
@@ -88,13 +89,13 @@ def _run_folder(recipe: Recipe, ui: Ui | None) -> Iterator[tuple[Path, Ui]]:
 def _prepare(recipe: Recipe, out: Path, ui: Ui) -> None:
     from metier.data.prepare import dataset_key, prepare
 
-    key = dataset_key(recipe.data, recipe.seed)
+    key = dataset_key(recipe, out / "dataset")
     if is_current(out / "dataset", key):
         ui.say("dataset: up to date")
         return
-    manifest = prepare(recipe.data, seed=recipe.seed, out=out / "dataset", progress=ui.say)
+    prepare(recipe, out=out / "dataset", progress=ui.say)
     _store(recipe, out)
-    append_audit(out, "prepare", digest=manifest["digest"], counts=manifest["counts"])
+    audit_artifacts(out)
 
 
 def _train(recipe: Recipe, out: Path, ui: Ui) -> None:
@@ -118,12 +119,12 @@ def _train(recipe: Recipe, out: Path, ui: Ui) -> None:
     dtype = resolve_precision(recipe.train.precision, device)
     ui.say(f"training on {device.type} in {str(dtype).removeprefix('torch.')}")
     base = load_base(recipe.base, revision=recipe.revision, dtype=dtype, device=device, progress=ui.say)
-    manifest = train(
+    train(
         base, recipe.adapter, recipe.train, dataset=out / "dataset", out=out / "adapter", seed=recipe.seed, key=key,
         report=ui.progress, say=ui.say,
     )  # fmt: skip
     _store(recipe, out)
-    append_audit(out, "train", digest=manifest["digest"], parents=manifest["parents"])
+    audit_artifacts(out)
 
 
 def _evaluate(recipe: Recipe, out: Path, ui: Ui) -> None:
@@ -152,11 +153,11 @@ def _evaluate(recipe: Recipe, out: Path, ui: Ui) -> None:
         from metier.model.specialist import load
 
         specialist = load(out, device=recipe.train.device, say=ui.say)
-        manifest = evaluate(
+        evaluate(
             specialist, dataset=out / "dataset", adapter=out / "adapter", config=recipe.evaluate, seed=recipe.seed,
             out=out / "evidence", key=key, progress=ui.progress,
         )  # fmt: skip
-        append_audit(out, "evaluate", digest=manifest["digest"], parents=manifest["parents"])
+        audit_artifacts(out)
     _store(recipe, out)
     write_card(out)
     write_report(out)

@@ -15,13 +15,15 @@ ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "metier"
 SOURCES = sorted(PACKAGE.rglob("*.py"))
 
-# cli -> pipeline -> stages -> model -> kernels, and all -> artifacts, recipe, errors.
-FOUNDATIONS = {"artifacts", "recipe", "errors"}
+# cli -> pipeline -> stages -> model -> kernels, and all -> artifacts, keys, domains, recipe, errors.
+FOUNDATIONS = {"artifacts", "keys", "domains", "recipe", "errors"}
 STAGES = {"data", "training", "evaluation", "serving"}
 MAY_IMPORT = {
     "": FOUNDATIONS,  # metier/__init__.py
     "errors": set(),
     "artifacts": {"errors"},
+    "keys": {"errors"},
+    "domains": {"errors", "recipe"},
     "recipe": {"errors"},
     "kernels": FOUNDATIONS,
     "model": FOUNDATIONS | {"kernels"},

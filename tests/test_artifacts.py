@@ -18,6 +18,8 @@ import pytest
 
 from metier.artifacts import (
     append_audit,
+    audit_artifacts,
+    check_audit,
     complete,
     digest_bytes,
     digest_file,
@@ -380,3 +382,34 @@ def test_a_folder_without_permission_is_a_sentence(tmp_path: Path) -> None:
     tmp_path.chmod(0o500)
     with pytest.raises(RunError, match="no permission to write"):
         write_atomic(tmp_path / "f", b"x")
+
+
+def test_every_altered_audit_line_is_found_and_stops_the_work(tmp_path: Path) -> None:
+    for n in range(4):
+        append_audit(tmp_path, "train", number=n)
+    whole = (tmp_path / "audit.jsonl").read_bytes()
+    assert check_audit(tmp_path) == []
+    lines = whole.splitlines(keepends=True)
+    for i in range(len(lines)):
+        (tmp_path / "audit.jsonl").write_bytes(
+            b"".join([*lines[:i], lines[i].replace(b"train", b"trail"), *lines[i + 1 :]])
+        )
+        assert any(f"line {i + 1}: altered" in problem for problem in check_audit(tmp_path))
+        before = (tmp_path / "audit.jsonl").read_bytes()
+        with pytest.raises(RunError, match="tampered"):
+            append_audit(tmp_path, "train")
+        assert (tmp_path / "audit.jsonl").read_bytes() == before
+        if i + 1 < len(lines):
+            (tmp_path / "audit.jsonl").write_bytes(b"".join([*lines[:i], *lines[i + 1 :]]))
+            assert any("missing" in problem for problem in check_audit(tmp_path))
+
+
+def test_a_stage_whose_line_was_lost_to_a_kill_gets_it_at_the_next_start(tmp_path: Path) -> None:
+    make(tmp_path / "dataset", "1", "one")
+    assert [p for p in check_audit(tmp_path) if "`dataset`" in p]
+    audit_artifacts(tmp_path, recovered=True)
+    [entry] = read_chain(tmp_path)
+    manifest = read_manifest(tmp_path / "dataset")
+    assert manifest and entry["action"] == "prepare" and entry["digest"] == manifest["digest"] and entry["recovered"]
+    audit_artifacts(tmp_path, recovered=True)
+    assert len(read_chain(tmp_path)) == 1 and check_audit(tmp_path) == []

@@ -16,9 +16,12 @@ from metier.recipe import Recipe
 PUBLIC_NAMES = ["Recipe", "evaluate", "load", "prepare", "run", "train"]
 
 RECIPE_KEYS = """
-    base revision out preset seed
+    base revision out preset seed domain
     data.sources data.test_sources data.prompt data.answer data.system data.messages data.text data.group_id data.task
     data.val data.test
+    dedup.exact dedup.near dedup.threshold dedup.benchmarks
+    balance.classes balance.limit balance.sources balance.general balance.general_share
+    augment.methods augment.copies
     adapter.rank adapter.alpha adapter.target_modules adapter.dropout adapter.bias adapter.use_rslora
     train.epochs train.max_steps train.micro_batch_size train.grad_accum_steps train.micro_batch_tokens
     train.max_seq_len train.over_length train.train_on train.learning_rate train.min_learning_rate train.warmup_ratio
@@ -35,6 +38,8 @@ COMMANDS = {
     "inspect": "recipe --records --set",
     "train": "recipe --out --set",
     "evaluate": "recipe --out --set",
+    "trace": "runs --subject",
+    "forget": "run --subject",
     "generate": f"run --base --prompt --system {DECODING}",
     "chat": f"run --base --system {DECODING}",
 }

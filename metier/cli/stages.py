@@ -95,7 +95,7 @@ def inspect(
     loaded, ui = load_recipe(recipe, set_, None), terminal()
     with tempfile.TemporaryDirectory() as folder:
         dataset = Path(folder) / "dataset"
-        _print_counts(prepare_stage(loaded.data, seed=loaded.seed, out=dataset, progress=ui.say))
+        _print_counts(prepare_stage(loaded, out=dataset, progress=ui.say))
         path = resolve_base(loaded.base, loaded.revision, progress=ui.say)
         renderer = Renderer(load_tokenizer(path), eos_token_ids(path))
         console = Console(highlight=False, soft_wrap=True)

@@ -17,7 +17,8 @@ def data_card(details: dict[str, Any]) -> str:
     labels = f", {len(details['labels'])} labels" if details["labels"] else ""
     roles = "".join(f"| {_cell(k)} | {_cell(v)} |\n" for k, v in details["roles"].items() if k != "how")
     sources = "".join(
-        f"| {_cell(s['file'])} | {s['format']} | {s['rows']} | {s['kept']} | {s['rejected']} | `{s['sha256'][:16]}` |\n"
+        f"| {_cell(s['file'])} | {s['format']} | {s['rows']} | {s['kept']} | {s['merged']} | {s['rejected']} "
+        f"| `{s['sha256'][:16]}` |\n"
         for s in details["sources"]
     )
     reasons = "".join(f"| {_cell(reason)} | {count} |\n" for reason, count in details["rejected_by_reason"].items())
@@ -26,20 +27,31 @@ def data_card(details: dict[str, Any]) -> str:
     english = f"""{_front_matter(details)}
 # Data set
 
-{counts["rows"]} source rows: {counts["kept"]} kept as records, {counts["rejected"]} rejected.
+{counts["rows"]} source rows: {counts["kept"]} kept as records, {counts["merged"]} merged into others, \
+{counts["rejected"]} rejected.
 Task: {details["task"]}{labels}.
 Languages: {languages["zh"]} Chinese, {languages["en"]} English, {languages["other"]} other records.
 
 | split | records |
 |---|---:|
 {split_rows}
-No group stands in two splits: a group is the recipe's group_id, or else all records with the same first prompt. The
-order of the groups is that of SHA-256(seed | group), with seed {details["seed"]}.
+No group stands in two splits: a group is all records with the same group_id or the same first prompt, joined with
+their near-duplicates. The order of the groups is that of SHA-256(seed | group), with seed {details["seed"]};
+each label has its share of every split as far as the groups allow.
 
+## Leakage
+
+{_leakage(details["leakage"])}
+## Copies
+
+{counts["merged"]} rows merged into others (`merged.parquet`), {details["near_duplicate_pairs"]} near-duplicate pairs,
+{details["label_conflicts"]} of them with different labels (`conflicts.parquet`).
+{counts["synthetic"]} synthetic records, all in train, each with the record it was made of{_methods(details)}.
+{_domain(details)}
 ## Sources
 
-| file | format | rows | kept | rejected | SHA-256 begins |
-|---|---|---:|---:|---:|---|
+| file | format | rows | kept | merged | rejected | SHA-256 begins |
+|---|---|---:|---:|---:|---:|---|
 {sources}
 ## Roles ({how})
 
@@ -65,12 +77,17 @@ The licence and the personal data of the sources are the concern of whoever gave
 def _chinese(details: dict[str, Any]) -> str:
     """What the card says, for those who read Chinese."""
     counts, splits, languages = details["counts"], details["splits"], details["languages"]
+    shared, by_row = details["leakage"]["shared_with_train"], details["leakage"]["if_split_by_row"]
     return f"""## 中文说明
 
-源数据共 {counts["rows"]} 行:保留 {counts["kept"]} 条记录,拒绝 {counts["rejected"]} 行。
+源数据共 {counts["rows"]} 行:保留 {counts["kept"]} 条记录,合并重复 {counts["merged"]} 行,拒绝 {counts["rejected"]} 行。
 拒绝的原因见上表,逐行见 `rejected.parquet`。
 训练集 {splits["train"]} 条,验证集 {splits["val"]} 条,测试集 {splits["test"]} 条。
-同一组不会跨越划分:组由 group_id 指定,未指定时首个提示相同的记录为一组。
+同一组不会跨越划分:group_id 相同、首个提示相同或近似重复的记录同属一组。
+与训练集重合的验证、测试记录:\
+提示相同 {shared["prompt"]} 条,同组 {shared["group_id"]} 条,近似重复 {shared["near_duplicate"]} 条;
+若按行随机划分,则分别为 {by_row["prompt"]}、{by_row["group_id"]}、{by_row["near_duplicate"]} 条。
+合成记录 {counts["synthetic"]} 条,全部在训练集中,并注明来源记录。
 语言:中文 {languages["zh"]} 条,英文 {languages["en"]} 条,其他 {languages["other"]} 条。
 仅去除提示与答案首尾的空白(并略去空的系统消息),其余内容未作改动。
 """
@@ -90,6 +107,45 @@ configs:
   data_files: records.parquet
 ---
 """
+
+
+def _leakage(found: dict[str, Any]) -> str:
+    """The certificate as a table and sentences."""
+    kinds = {"prompt": "the same prompt", "group_id": "the same group_id", "near_duplicate": "a near-duplicate"}
+    rows = "".join(
+        f"| {words} | {found['shared_with_train'][kind]} | {found['if_split_by_row'][kind]} |\n"
+        for kind, words in kinds.items()
+    )
+    benchmarks = "".join(
+        f"Records that share a passage with {_cell(name)}: {entry['records_rejected']}, rejected.\n"
+        for name, entry in found["benchmarks"].items()
+    )
+    searched = "" if found["near_duplicates_searched"] else "Near-duplicates were not looked for. "
+    return f"""Held-out records (val and test, {found["held_out_records"]} in all) that share with training:
+
+| what | this split | if split row by row |
+|---|---:|---:|
+{rows}
+{searched}Near-duplicates have a Jaccard similarity of {found["threshold"]:g} or more;
+a last search with other hashes took out {found["found_late"]} records.
+Test records that quote a training record ({found["passage_chars"]["other"]} characters in a row, in Chinese
+{found["passage_chars"]["zh"]}): {found["test_records_with_a_passage_of_train"]}.
+{benchmarks}"""
+
+
+def _methods(details: dict[str, Any]) -> str:
+    found = ", ".join(f"{method} {count}" for method, count in details["synthetic_by_method"].items())
+    return f": {found}" if found else ""
+
+
+def _domain(details: dict[str, Any]) -> str:
+    found = details.get("domain")
+    if not found:
+        return ""
+    return (
+        f"Domain {found['name']}: {found['terms_found']} of {found['terms']} terms of its glossary stand in "
+        f"{found['records_with_a_term']} records.\n"
+    )
 
 
 def _cell(text: str) -> str:

@@ -1,93 +1,154 @@
 """Raw files -> RUN/dataset: records.parquet, rejected.parquet, DATA_CARD.md and the manifest.
 
-Every row of every source is either a record or a rejected row with its place and reason; the counts are checked
-before anything is written. The same files, recipe and seed give the same bytes.
+read -> clean -> deidentify -> dedup -> group -> split -> balance and augment train only -> certify -> write.
+Every row of every source is a record, merged into one, or a rejected row with its place and reason; the counts are
+checked before anything is written. The same files, recipe and seed give the same bytes.
 
 Limits: the kept records are held in memory once.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import shutil
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import polars
+
 from metier import artifacts
+from metier.data.accounts import Accounts
+from metier.data.augment import augment
+from metier.data.balance import LEFT_OUT, NOT_NEEDED, class_weights, general_excess, left_out, repeated
 from metier.data.card import data_card
+from metier.data.croissant import croissant
+from metier.data.dedup import find_pairs, join_groups, merge_exact, merge_near, without
+from metier.data.leakage import (
+    PASSAGE_HAN,
+    PASSAGE_OTHER,
+    benchmark_leaks,
+    late_leaks,
+    overlap,
+    row_split,
+    shared_passages,
+    test_leaks,
+)
+from metier.data.lineage import forget_rows, read_forgotten
 from metier.data.lines import Source
 from metier.data.records import Record, Rejected, Rejection, build_record
 from metier.data.roles import Roles, find_roles
 from metier.data.sources import find_sources, read_columns, read_rows
 from metier.data.split import split_groups
-from metier.data.tables import parquet_bytes, records_table, rejected_table
+from metier.data.tables import conflicts_table, merged_table, parquet_bytes, records_table, rejected_table
+from metier.data.terms import coverage
+from metier.domains import load_domain
 from metier.errors import DataError, RunError
-from metier.recipe import DataConfig
+from metier.recipe import DataConfig, DedupConfig, Recipe
 
 MAX_LABELS = 256
 MAX_LABEL_CHARS = 100
 MIN_RECORDS_PER_LABEL = 5
 MIN_RECORDS_OF_ONE_CLASS = 20
+GENERAL = "general"
+# The sections of the recipe that this stage owns: a change in one of them makes the data set anew.
+OWNED = {"seed", "domain", "data", "clean", "privacy", "dedup", "balance", "augment"}
 
 
-def dataset_key(config: DataConfig, seed: int) -> str:
+def dataset_key(recipe: Recipe, out: Path) -> str:
     """What `prepare` is asked for, with the digests of the source files. Raises `DataError` for a missing source."""
-    return _key(config, seed, {source.name: artifacts.digest_file(source.path) for source in find_sources(config)})
+    digests = {source.name: artifacts.digest_file(source.path) for source in _files(recipe).every}
+    return _key(recipe, digests, read_forgotten(out))
 
 
-def prepare(config: DataConfig, *, seed: int, out: Path, progress: Callable[[str], None]) -> dict[str, Any]:
+def prepare(recipe: Recipe, *, out: Path, progress: Callable[[str], None]) -> dict[str, Any]:
     """Reads the sources and completes the artifact `out`; returns its manifest.
 
     Raises `DataError` when a source or the records as a whole cannot be used, `RunError` when `out` cannot be
     written; an earlier data set in `out` is then as it was.
     """
-    started = time.time()
-    sources = find_sources(config)
-    digests = {source.name: artifacts.digest_file(source.path) for source in sources}
-    key = _key(config, seed, digests)
-    roles = _roles(config, {source: read_columns(source) for source in sources})
-    records, rejected, rows = _read_all(sources, roles, progress)
-    records, leaking = _without_test_leaks(records)
-    rejected += leaking
-    order = {source: position for position, source in enumerate(sources)}
-    rejected.sort(key=lambda item: (order[item.source], item.row.number))
-    counts = _counts(sources, rows, records, rejected)
-    _refuse_too_few(records, rejected)
-    task = _task(config, records)
-    splits = _split(config, records, seed)
-    table = records_table(records, splits, task)
-    details: dict[str, Any] = {
-        "counts": {what: sum(count[what] for count in counts.values()) for what in ("rows", "kept", "rejected")},
-        "rejected_by_reason": dict(_by_reason(rejected)),
-        "splits": {name: splits.count(name) for name in ("train", "val", "test")},
-        "languages": {name: int((table["language"] == name).sum()) for name in ("zh", "en", "other")},
-        "task": task,
-        "labels": sorted({record.answer for record in records}) if task == "classification" else [],
-        "roles": _describe(roles),
-        "sources": [
-            {"file": source.name, "sha256": digests[source.name], **counts[source], "format": source.format}
-            for source in sources
-        ],
-        "seed": seed,
-    }
-    progress(f"{details['counts']['kept']:,} of {details['counts']['rows']:,} rows kept, {len(rejected):,} rejected")
+    started, seed, details = time.time(), recipe.seed, dict[str, Any]()
+    files, forgotten = _files(recipe), read_forgotten(out)
+    digests = {source.name: artifacts.digest_file(source.path) for source in files.every}
+    key = _key(recipe, digests, forgotten)
+    accounts = Accounts([*files.sources, *files.general])
+    roles = _read_all(accounts, files, recipe.data, progress)
+    forget_rows(accounts, forgotten, digests)
+    # clean: accounts, recipe.clean -> some rejected, and details["cleaning"]
+    # deidentify: accounts, recipe.privacy -> other messages and group ids, and details["privacy"]
+    accounts.refuse_too_few()
+    task = _task(recipe.data, [record for record in accounts.records if record.method is None])
+    progress("looking for duplicates")
+    rejected_by_benchmark = _deduplicate(accounts, files.benchmarks, recipe.dedup, task)
+    accounts.refuse_too_few()
+    splits = _split(recipe.data, accounts, task, seed)
+    made = _balance_and_augment(accounts, splits, recipe, task)
+    progress("checking what the splits share")
+    details["leakage"] = _certify(accounts, splits, made, recipe, task)
+    details["leakage"]["benchmarks"] = rejected_by_benchmark
+    accounts.sort()
+    records = [*accounts.records, *made]
+    table = records_table(records, [splits[id(record)] for record in records], task)
+    conflicts = conflicts_table(accounts.records, accounts.pairs, task)
+    details = _describe_all(accounts, table, task, recipe) | details
+    details["roles"], details["label_conflicts"] = _describe(roles), len(conflicts)
+    if recipe.domain:
+        domain = load_domain(recipe.domain)
+        details["domain"] = {"name": domain.name, **coverage(domain, records)}
+    for entry in details["sources"]:
+        entry["sha256"] = digests[entry["file"]]
+    counts = details["counts"]
+    progress(f"{counts['kept']:,} of {counts['rows']:,} rows kept, {counts['rejected']:,} rejected")
+    tables = {"records": table, "rejected": rejected_table(accounts.rejected)}
+    tables |= {"merged": merged_table(accounts.merged), "conflicts": conflicts}
     work = artifacts.work_folder(out, key)
     try:
-        artifacts.write_atomic(work / "records.parquet", parquet_bytes(table))
-        artifacts.write_atomic(work / "rejected.parquet", parquet_bytes(rejected_table(rejected)))
+        for name, one in tables.items():
+            artifacts.write_atomic(work / f"{name}.parquet", parquet_bytes(one))
         artifacts.write_atomic(work / "DATA_CARD.md", data_card(details).encode())
+        artifacts.write_json(work / "croissant.json", croissant(details, work))
         return artifacts.complete(
-            work, out, kind="dataset", key=key, config=config.model_dump(), parents={}, started=started, details=details
-        )
+            work, out, kind="dataset", key=key, config=recipe.model_dump(include=OWNED), parents={}, started=started,
+            details=details,
+        )  # fmt: skip
     except RunError:
         shutil.rmtree(work, ignore_errors=True)  # half a data set is of no use: it is made anew
         raise
 
 
-def _key(config: DataConfig, seed: int, digests: dict[str, str]) -> str:
-    return artifacts.digest_json({"stage": "dataset", "config": config.model_dump(), "seed": seed, "sources": digests})
+@dataclass(frozen=True, slots=True)
+class _Files:
+    """The files that a recipe names, by what they are for; `every` has them all, in a fixed order."""
+
+    sources: list[Source]
+    general: list[Source]
+    benchmarks: list[Source]
+
+    @property
+    def every(self) -> list[Source]:
+        return [*self.sources, *self.general, *self.benchmarks]
+
+
+def _files(recipe: Recipe) -> _Files:
+    found = {"general": recipe.balance.general, "benchmarks": recipe.dedup.benchmarks}
+    others = {
+        folder: [
+            dataclasses.replace(source, name=f"{folder}/{source.name}")
+            for source in (find_sources(DataConfig(sources=names)) if names else [])
+        ]
+        for folder, names in found.items()
+    }
+    return _Files(find_sources(recipe.data), **others)
+
+
+def _key(recipe: Recipe, digests: dict[str, str], forgotten: list[dict[str, Any]]) -> str:
+    asked: dict[str, Any] = {"stage": "dataset", "recipe": recipe.model_dump(include=OWNED), "sources": digests}
+    asked |= {"domain": load_domain(recipe.domain).model_dump()} if recipe.domain else {}
+    asked |= {"forgotten": forgotten} if forgotten else {}
+    return artifacts.digest_json(asked)
 
 
 def _roles(config: DataConfig, columns: dict[Source, list[str]]) -> dict[Source, Roles]:
@@ -124,67 +185,133 @@ def _read(source: Source, roles: Roles) -> Iterator[Record | Rejection]:
 
 
 def _read_all(
-    sources: list[Source], roles: dict[Source, Roles], progress: Callable[[str], None]
-) -> tuple[list[Record], list[Rejection], Counter[Source]]:
-    records: list[Record] = []
-    rejected: list[Rejection] = []
-    rows: Counter[Source] = Counter()
-    for position, source in enumerate(sources, start=1):
-        progress(f"reading {source.name} ({position} of {len(sources)})")
-        for item in _read(source, roles[source]):
-            rows[source] += 1
+    accounts: Accounts, files: _Files, config: DataConfig, progress: Callable[[str], None]
+) -> dict[Source, Roles]:
+    """Fills `accounts` with records and rejected rows; returns the roles of the recipe's own sources."""
+    roles = _roles(config, {source: read_columns(source) for source in files.sources})
+    every = dict(roles)
+    for source in files.general:
+        every[source] = find_roles(DataConfig(sources=config.sources), read_columns(source), source.path)
+    for position, source in enumerate(accounts.sources, start=1):
+        progress(f"reading {source.name} ({position} of {len(accounts.sources)})")
+        for item in _read(source, every[source]):
+            accounts.rows[source] += 1
             if isinstance(item, Rejection):
-                rejected.append(item)
+                accounts.rejected.append(item)
             else:
-                records.append(item)
-            if rows[source] % 100_000 == 0:
-                progress(f"reading {source.name}: {rows[source]:,} rows")
-    return records, rejected, rows
+                is_general = source in files.general
+                accounts.records.append(dataclasses.replace(item, method=GENERAL) if is_general else item)
+            if accounts.rows[source] % 100_000 == 0:
+                progress(f"reading {source.name}: {accounts.rows[source]:,} rows")
+    return roles
 
 
-def _without_test_leaks(records: list[Record]) -> tuple[list[Record], list[Rejection]]:
-    """Takes out what would train on a test file's prompt or group."""
-    prompts = {record.prompt for record in records if record.source.is_test}
-    groups = {record.group_id for record in records if record.source.is_test and record.group_id is not None}
-    kept: list[Record] = []
-    leaking: list[Rejection] = []
-    for record in records:
-        if record.source.is_test:
-            kept.append(record)
-        elif record.prompt in prompts:
-            leaking.append(Rejection(record.source, record.row, "same prompt as a test record"))
-        elif record.group_id in groups:
-            leaking.append(Rejection(record.source, record.row, "same group_id as a test record"))
-        else:
-            kept.append(record)
-    return kept, leaking
+def _deduplicate(
+    accounts: Accounts, benchmarks: list[Source], config: DedupConfig, task: str
+) -> dict[str, dict[str, Any]]:
+    """Merges copies, finds near-duplicates, and rejects what would train on a test file or a benchmark."""
+    if config.exact:
+        accounts.records, merged = merge_exact(accounts.records)
+        accounts.merged += merged
+    if config.near != "off":
+        accounts.pairs = find_pairs(accounts.records, task, config.threshold)
+    for problem, records in test_leaks(accounts.records, accounts.pairs).items():
+        accounts.reject(records, problem)
+    found = benchmark_leaks(accounts.records, benchmarks)
+    for name, records in found.items():
+        accounts.reject(records, f"shares a passage with {name}")
+    if config.near == "merge":
+        accounts.merge(merge_near(accounts.records, accounts.pairs, task))
+    return {name: {"records_rejected": len(records)} for name, records in found.items()}
 
 
-def _counts(
-    sources: list[Source], rows: Counter[Source], records: list[Record], rejected: list[Rejection]
-) -> dict[Source, dict[str, int]]:
-    """Rows, kept and rejected of each file; that they add up is what makes nothing get lost."""
-    kept = Counter(record.source for record in records)
-    out = Counter(item.source for item in rejected)
-    for source in sources:
-        if kept[source] + out[source] != rows[source]:
-            raise AssertionError(f"{source.name}: {rows[source]} rows, {kept[source]} kept, {out[source]} rejected")
-    return {source: {"rows": rows[source], "kept": kept[source], "rejected": out[source]} for source in sources}
+def _split(config: DataConfig, accounts: Accounts, task: str, seed: int) -> dict[int, str]:
+    """id of a record -> its split. Groups that hold general instructions alone are for training."""
+    groups = join_groups(accounts.records, accounts.pairs, accounts.merged)
+    own = [
+        (record, group)
+        for record, group in zip(accounts.records, groups, strict=True)
+        if record.method != GENERAL and not record.source.is_test
+    ]
+    labels: dict[str, Counter[str]] = {}
+    for record, group in own if task == "classification" else ():
+        labels.setdefault(group, Counter())[record.answer] += 1
+    strata = {group: min(found, key=lambda label: (-found[label], label)) for group, found in labels.items()}
+    test = 0 if config.test_sources else config.test
+    sizes = Counter(group for _, group in own)
+    splits = split_groups(sizes, val=config.val, test=test, seed=seed, strata=strata)
+    found = {id(record): splits[group] for record, group in own}
+    return {id(r): "test" if r.source.is_test else found.get(id(r), "train") for r in accounts.records}
 
 
-def _by_reason(rejected: list[Rejection]) -> list[tuple[str, int]]:
-    return sorted(Counter(item.problem for item in rejected).items(), key=lambda item: (-item[1], item[0]))
+def _balance_and_augment(accounts: Accounts, splits: dict[int, str], recipe: Recipe, task: str) -> list[Record]:
+    """The synthetic records, all of them for training; what balance leaves out is rejected."""
+    seed, domain = recipe.seed, load_domain(recipe.domain) if recipe.domain else None
+
+    def train() -> list[Record]:
+        return [r for r in accounts.records if splits[id(r)] == "train" and r.method != GENERAL]
+
+    accounts.reject(left_out(train(), recipe.balance, task=task, seed=seed), LEFT_OUT)
+    made = augment(train(), recipe.augment, domain, seed=seed)
+    made += repeated(train(), recipe.balance, task=task, seed=seed)
+    general = [record for record in accounts.records if record.method == GENERAL]
+    accounts.reject(general_excess(general, len(train()) + len(made), recipe.balance, seed=seed), NOT_NEEDED)
+    splits.update((id(record), "train") for record in made)
+    return made
 
 
-def _refuse_too_few(records: list[Record], rejected: list[Rejection]) -> None:
-    if any(not record.source.is_test for record in records):
-        return
-    reasons = "; ".join(f"{reason} ({count:,})" for reason, count in _by_reason(rejected)[:3])
-    rows = sum(not item.source.is_test for item in rejected)
-    raise DataError(
-        f"no record is left to train on: all {rows:,} rows of `data.sources` were rejected: {reasons}",
-        hint="`metier inspect` shows which columns were taken for prompt and answer, and the rejected rows",
-    )
+def _certify(
+    accounts: Accounts, splits: dict[int, str], made: list[Record], recipe: Recipe, task: str
+) -> dict[str, Any]:
+    """Takes out what still leaks, and says what was checked and what a split by rows would have leaked."""
+    is_near, threshold = recipe.dedup.near != "off", recipe.dedup.threshold
+    records = [*accounts.records, *made]
+    of = [splits[id(record)] for record in records]
+    late: list[Record] = []
+    if is_near:
+        found = late_leaks(records, of, task=task, threshold=threshold, seed=recipe.seed)
+        late = [records[i] for i in found]
+        gone = {id(record) for record in late}
+        accounts.reject([r for r in late if r.parent is None], "near-duplicate of a held-out record")
+        made[:] = [record for record in made if id(record) not in gone]
+    records = [*accounts.records, *made]
+    of = [splits[id(record)] for record in records]
+    own = [record for record in accounts.records if record.method is None]
+    by_row = row_split(own, [splits[id(record)] for record in own], recipe.seed)
+    pairs_of_own = without(accounts.records, accounts.pairs, [r for r in accounts.records if r.method is not None])[1]
+    return {
+        "held_out_records": sum(split != "train" for split in of),
+        "shared_with_train": overlap(records, of, accounts.pairs),
+        "if_split_by_row": overlap(own, by_row, pairs_of_own),
+        "near_duplicates_searched": is_near,
+        "threshold": threshold,
+        "found_late": len(late),
+        "test_records_with_a_passage_of_train": shared_passages(records, of, task),
+        "passage_chars": {"zh": PASSAGE_HAN, "other": PASSAGE_OTHER},
+        "synthetic_of_held_out": sum(r.parent is not None and splits[id(r.parent)] != "train" for r in made),
+    }
+
+
+def _describe_all(accounts: Accounts, table: polars.DataFrame, task: str, recipe: Recipe) -> dict[str, Any]:
+    """The manifest's entries about rows and records."""
+    counts = accounts.counts()
+    own = [record for record in accounts.records if record.method is None]
+    methods = table["method"].drop_nulls().value_counts().sort("method")
+    total = {what: sum(c[what] for c in counts.values()) for what in ("rows", "kept", "merged", "rejected")}
+    return {
+        "counts": total | {"synthetic": int(table["parent_id"].is_not_null().sum())},
+        "rejected_by_reason": accounts.by_reason(),
+        "merged_by_kind": dict(sorted(Counter(item.how for item in accounts.merged).items())),
+        "near_duplicate_pairs": len(accounts.pairs),
+        "synthetic_by_method": dict(methods.iter_rows()),
+        "splits": {name: int((table["split"] == name).sum()) for name in ("train", "val", "test")},
+        "languages": {name: int((table["language"] == name).sum()) for name in ("zh", "en", "other")},
+        "task": task,
+        "labels": sorted({record.answer for record in own}) if task == "classification" else [],
+        "class_weights": class_weights(own, task),
+        "sources": [{"file": s.name, "sha256": "", **counts[s], "format": s.format} for s in accounts.sources],
+        "seed": recipe.seed,
+    }
 
 
 def _task(config: DataConfig, records: list[Record]) -> str:
@@ -213,11 +340,3 @@ def _task(config: DataConfig, records: list[Record]) -> str:
             )
         return "generation"
     return "classification" if is_classification else "generation"
-
-
-def _split(config: DataConfig, records: list[Record], seed: int) -> list[str]:
-    """Each record's split."""
-    sizes = Counter(record.group for record in records if not record.source.is_test)
-    test = 0 if config.test_sources else config.test
-    splits = split_groups(sizes, val=config.val, test=test, seed=seed)
-    return ["test" if record.source.is_test else splits[record.group] for record in records]

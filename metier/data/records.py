@@ -39,7 +39,8 @@ class Rejected(Exception):
 class Record:
     """One kept row (without its fields). `prompt` is the first user message, or the text.
 
-    `group` is what must not cross a split: the group_id where the recipe names one, or else the prompt.
+    `group` is what must not cross a split: the group_id where the recipe names one, or else the prompt. A synthetic
+    record has the record it was made of as `parent`, how it was made as `method`, and which of these it is.
     """
 
     source: Source
@@ -47,6 +48,9 @@ class Record:
     messages: list[Message]
     group_id: str | None
     prompt: str
+    parent: Record | None = None
+    method: str | None = None
+    number: int = 0
 
     @property
     def group(self) -> str:

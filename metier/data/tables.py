@@ -1,4 +1,4 @@
-"""Records and rejections -> the two Parquet files of a data set."""
+"""Records, rejections, merged rows and label conflicts -> the Parquet files of a data set."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from typing import Any
 import polars
 
 from metier.artifacts import digest_json
+from metier.data.dedup import Merged, Pair
 from metier.data.records import Record, Rejection, language_of
 
 RECORDS_SCHEMA: dict[str, Any] = {
@@ -20,6 +21,7 @@ RECORDS_SCHEMA: dict[str, Any] = {
     "source_file": polars.String,
     "source_row": polars.Int64,
     "parent_id": polars.String,
+    "method": polars.String,
 }
 REJECTED_SCHEMA: dict[str, Any] = {
     "source_file": polars.String,
@@ -27,22 +29,43 @@ REJECTED_SCHEMA: dict[str, Any] = {
     "byte_offset": polars.Int64,
     "reason": polars.String,
 }
+MERGED_SCHEMA: dict[str, Any] = {
+    "source_file": polars.String,
+    "source_row": polars.Int64,
+    "byte_offset": polars.Int64,
+    "group_id": polars.String,
+    "record_id": polars.String,
+    "how": polars.String,
+}
+CONFLICTS_SCHEMA: dict[str, Any] = {
+    "record_id": polars.String,
+    "label": polars.String,
+    "other_record_id": polars.String,
+    "other_label": polars.String,
+    "similarity": polars.Float64,
+}
+
+
+def record_id(record: Record) -> str:
+    """16 hexadecimal digits that follow from where the record stands and what is in it."""
+    made = [record.method, record.number] if record.method else []
+    return digest_json([record.source.name, record.row.number, record.messages, *made])[:16]
 
 
 def records_table(records: list[Record], splits: list[str], task: str) -> polars.DataFrame:
     """The rows of records.parquet; `splits` holds each record's split."""
-    ids = [digest_json([r.source.name, r.row.number, r.messages])[:16] for r in records]
     return polars.DataFrame(
         {
-            "record_id": ids,
+            "record_id": [record_id(record) for record in records],
             "split": splits,
             "group_id": [record.group_id for record in records],
             "messages": _messages(records),
-            "label": [record.answer if task == "classification" else None for record in records],
+            "label": [r.answer if task == "classification" and r.method != "general" else None for r in records],
             "language": [language_of(record.messages) for record in records],
             "source_file": [record.source.name for record in records],
             "source_row": [record.row.number for record in records],
-            "parent_id": [None] * len(records),
+            "parent_id": [record_id(record.parent) if record.parent else None for record in records],
+            "method": [record.method for record in records],
         },
         schema=RECORDS_SCHEMA,
     )
@@ -72,6 +95,39 @@ def rejected_table(rejected: list[Rejection]) -> polars.DataFrame:
             "reason": [item.reason for item in rejected],
         },
         schema=REJECTED_SCHEMA,
+    )
+
+
+def merged_table(merged: list[Merged]) -> polars.DataFrame:
+    """The rows of merged.parquet: which row went into which record."""
+    end = {id(item.record): item.into for item in merged}
+    into = []
+    for item in merged:
+        record = item.into
+        while id(record) in end:  # merged itself, later
+            record = end[id(record)]
+        into.append(record_id(record))
+    return polars.DataFrame(
+        {
+            "source_file": [item.record.source.name for item in merged],
+            "source_row": [item.record.row.number for item in merged],
+            "byte_offset": [item.record.row.byte_offset for item in merged],
+            "group_id": [item.record.group_id for item in merged],
+            "record_id": into,
+            "how": [item.how for item in merged],
+        },
+        schema=MERGED_SCHEMA,
+    )
+
+
+def conflicts_table(records: list[Record], pairs: list[Pair], task: str) -> polars.DataFrame:
+    """The rows of conflicts.parquet: near-duplicates with different labels, the most similar first."""
+    found = [(a, b, s) for a, b, s in pairs if task == "classification" and records[a].answer != records[b].answer]
+    found.sort(key=lambda pair: (-pair[2], pair[0], pair[1]))
+    return polars.DataFrame(
+        [(record_id(records[a]), records[a].answer, record_id(records[b]), records[b].answer, s) for a, b, s in found],
+        schema=CONFLICTS_SCHEMA,
+        orient="row",
     )
 
 

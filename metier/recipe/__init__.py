@@ -7,7 +7,10 @@ resolved is stored with the run.
 
 from __future__ import annotations
 
+from metier.recipe.augment import AugmentConfig
+from metier.recipe.balance import BalanceConfig
 from metier.recipe.data import DataConfig
+from metier.recipe.dedup import DedupConfig
 from metier.recipe.evaluate import EvaluateConfig
 from metier.recipe.read import load_recipe, parse_recipe
 from metier.recipe.recipe import CLASSIC, Recipe
@@ -17,7 +20,10 @@ from metier.recipe.train import AdapterConfig, TrainConfig
 __all__ = [
     "CLASSIC",
     "AdapterConfig",
+    "AugmentConfig",
+    "BalanceConfig",
     "DataConfig",
+    "DedupConfig",
     "EvaluateConfig",
     "Recipe",
     "Section",

@@ -66,11 +66,20 @@ def parse_recipe(
         return _as_path(str((folder / os.path.expanduser(path)).absolute()), name)
 
     sources = {name: [located(s) for s in getattr(recipe.data, name)] for name in ("sources", "test_sources")}
+    dedup = recipe.dedup.model_copy(update={"benchmarks": [located(s) for s in recipe.dedup.benchmarks]})
+    balance = recipe.balance.model_copy(update={"general": [located(s) for s in recipe.balance.general]})
+    is_file = recipe.domain is not None and recipe.domain.endswith((".yaml", ".yml"))
+    domain = located(recipe.domain) if recipe.domain and is_file else recipe.domain
     base = recipe.base
     is_path = base.startswith((".", "/", "~")) or base.endswith(".gguf") or os.path.exists(located(base))
     data = recipe.data.model_copy(update=sources)
     out = _as_path(os.path.expanduser(recipe.out), name)
-    return recipe.model_copy(update={"data": data, "base": located(base) if is_path else base, "out": out})
+    return recipe.model_copy(
+        update={
+            "data": data, "dedup": dedup, "balance": balance, "domain": domain, "out": out,
+            "base": located(base) if is_path else base,
+        }
+    )  # fmt: skip
 
 
 def _as_path(text: str, name: str) -> str:

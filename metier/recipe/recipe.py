@@ -7,7 +7,10 @@ from typing import Any, Literal
 import yaml
 from pydantic import Field, model_validator
 
+from metier.recipe.augment import AugmentConfig
+from metier.recipe.balance import BalanceConfig
 from metier.recipe.data import DataConfig
+from metier.recipe.dedup import DedupConfig
 from metier.recipe.evaluate import EvaluateConfig
 from metier.recipe.section import Section
 from metier.recipe.train import AdapterConfig, TrainConfig
@@ -28,7 +31,14 @@ class Recipe(Section):
     seed: int = Field(
         default=0, ge=0, lt=2**31, description="Of the split, the adapter's start, the data's order and dropout."
     )
+    domain: str | None = Field(
+        default=None,
+        description="`finance`, `medicine`, `education`, or a YAML file of your own: wordings, terms, red lines.",
+    )
     data: DataConfig
+    dedup: DedupConfig = DedupConfig()
+    balance: BalanceConfig = BalanceConfig()
+    augment: AugmentConfig = AugmentConfig()
     adapter: AdapterConfig = AdapterConfig()
     train: TrainConfig = TrainConfig()
     evaluate: EvaluateConfig = EvaluateConfig()

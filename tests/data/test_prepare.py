@@ -13,11 +13,20 @@ import pytest
 from metier import artifacts
 from metier.data.prepare import dataset_key, prepare
 from metier.errors import DataError
-from metier.recipe import DataConfig
+from metier.recipe import DataConfig, Recipe
 
 
-def make(folder: Path, config: DataConfig, *, seed: int = 0) -> dict[str, Any]:
-    return prepare(config, seed=seed, out=folder / "dataset", progress=lambda line: None)
+def recipe_of(config: DataConfig, *, seed: int = 0, **sections: Any) -> Recipe:
+    return Recipe(base="no base", out="nowhere", seed=seed, data=config, **sections)
+
+
+def key_of(config: DataConfig, *, seed: int = 0) -> str:
+    return dataset_key(recipe_of(config, seed=seed), Path("nowhere/dataset"))
+
+
+def make(folder: Path, config: DataConfig, *, seed: int = 0, **sections: Any) -> dict[str, Any]:
+    recipe = recipe_of(config, seed=seed, **sections)
+    return prepare(recipe, out=folder / "dataset", progress=lambda line: None)
 
 
 def table(folder: Path, name: str = "records") -> polars.DataFrame:
@@ -43,10 +52,15 @@ def test_every_row_is_kept_or_rejected_with_its_place(tmp_path: Path) -> None:
     (tmp_path / "b.jsonl").write_text('{"text": "x", "label": "b"}\n{"text": 1\n{"text": "y"}\n', encoding="utf-8")
     manifest = make(tmp_path, DataConfig(sources=[str(tmp_path / "a.csv"), str(tmp_path / "b.jsonl")]))
     records, rejected = table(tmp_path), table(tmp_path, "rejected")
-    assert manifest["counts"] == {"rows": 503, "kept": len(records), "rejected": len(rejected)}
+    merged = table(tmp_path, "merged")
+    assert manifest["counts"] == {
+        "rows": 503, "kept": len(records), "merged": len(merged), "rejected": len(rejected), "synthetic": 0
+    }  # fmt: skip
     assert sum(manifest["rejected_by_reason"].values()) == len(rejected)
     assert manifest["rejected_by_reason"]["3 fields, expected 2"] == sum(line.count(",") == 2 for line in lines)
-    places = {(file, row) for t in (records, rejected) for file, row in t.select("source_file", "source_row").rows()}
+    places = {
+        (file, row) for t in (records, merged, rejected) for file, row in t.select("source_file", "source_row").rows()
+    }
     assert places == {("a.csv", i) for i in range(1, 501)} | {("b.jsonl", i) for i in range(1, 4)}
     raw = content.encode()
     for row in rejected.filter(source_file="a.csv").to_dicts():
@@ -54,7 +68,7 @@ def test_every_row_is_kept_or_rejected_with_its_place(tmp_path: Path) -> None:
         assert raw[row["byte_offset"] :].startswith(line.encode() + b"\n")
         assert row["reason"].startswith(f"line {row['source_row'] + 1}: ")
     for entry in manifest["sources"]:
-        assert entry["rows"] == entry["kept"] + entry["rejected"]
+        assert entry["rows"] == entry["kept"] + entry["merged"] + entry["rejected"]
         assert entry["sha256"] == artifacts.digest_file(tmp_path / entry["file"])
 
 
@@ -72,6 +86,7 @@ def test_records_have_the_agreed_columns_and_no_path_of_this_machine(tmp_path: P
         "source_file": polars.String,
         "source_row": polars.Int64,
         "parent_id": polars.String,
+        "method": polars.String,
     }
     assert records["record_id"].n_unique() == 20 and set(records["record_id"].str.len_chars()) == {16}
     assert records["group_id"].null_count() == records["parent_id"].null_count() == 20
@@ -101,14 +116,14 @@ def test_the_key_follows_files_config_and_seed(tmp_path: Path) -> None:
     source = write_csv(tmp_path / "a.csv", labelled(20))
     config = DataConfig(sources=[source])
     manifest = make(tmp_path, config)
-    key = dataset_key(config, 0)
+    key = key_of(config)
     assert key == manifest["key"] and artifacts.is_current(tmp_path / "dataset", key)
-    assert len({key, dataset_key(config, 1), dataset_key(DataConfig(sources=[source], val=0.2), 0)}) == 3
+    assert len({key, key_of(config, seed=1), key_of(DataConfig(sources=[source], val=0.2))}) == 3
     write_csv(tmp_path / "a.csv", labelled(21))
-    assert dataset_key(config, 0) != key
+    assert key_of(config) != key
     (tmp_path / "a.csv").unlink()
     with pytest.raises(DataError, match="there is no source file"):
-        dataset_key(config, 0)
+        key_of(config)
 
 
 def test_a_failed_prepare_leaves_the_earlier_data_set_as_it_was(tmp_path: Path) -> None:
@@ -248,10 +263,10 @@ def test_the_card_reconciles_with_the_manifest(tmp_path: Path) -> None:
     card = (tmp_path / "dataset" / "DATA_CARD.md").read_text(encoding="utf-8")
     front = card.split("---\n")[1]
     assert 'language: ["en"]' in front and "task_categories: [text-classification]" in front
-    assert "43 source rows: 40 kept as records, 3 rejected" in card
-    assert "源数据共 43 行:保留 40 条记录,拒绝 3 行" in card
+    assert "43 source rows: 40 kept as records, 0 merged into others, 3 rejected" in card
+    assert "源数据共 43 行:保留 40 条记录,合并重复 0 行,拒绝 3 行" in card
     assert "| answer is empty | 2 |" in card and "| 1 field, expected 2 | 1 |" in card
-    assert "| a\\|b.csv | csv | 43 | 40 | 3 |" in card and "| prompt | Classify: {text} |" in card
+    assert "| a\\|b.csv | csv | 43 | 40 | 0 | 3 |" in card and "| prompt | Classify: {text} |" in card
     assert "named in the recipe" in card and "text 1" not in card
 
 

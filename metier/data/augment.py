@@ -1,0 +1,157 @@
+"""Training records -> variants of them whose answer is still right; each keeps the record it was made of as parent.
+
+Only the first user message changes, never the answer but for the letters of shuffled choices. Which method a record
+gets, and what is drawn, follows from the seed and the record's place alone.
+
+    instruction  another of the domain's wordings around the prompt
+    options      the choices A, B, C, ... in another order, the answer's letter following
+    terms        one of the domain's terms under another name of the same language
+    units        a quantity in another unit (8.4 % HbA1c is 68 mmol/mol)
+    typo         2 % of the letters, two neighbours exchanged inside of long lower-case words
+    width        punctuation in the other width, in Chinese text
+
+Limits, on purpose: no method touches negations or, but for `units`, numbers. A term or a quantity that the answer holds
+too is left alone, since the question may be about it. Where no method applies, there is no variant.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import random
+import re
+
+from metier.data.records import Record, language_of
+from metier.data.terms import whole_word
+from metier.domains import Domain, Unit, terms_pattern
+from metier.recipe import AugmentConfig
+
+TYPO_SHARE = 0.02
+_CHOICE = re.compile(r"^[ \t]*[(（]?([A-H])[)）]?[ \t]*[.．:：、)）][ \t]*(.+?)[ \t]*$", re.M)
+_ORDERED = re.compile(r"above|below|以上|上述|both|[A-H] (?:and|or) [A-H]|[A-H][和与或][A-H]")
+_ANSWER = re.compile(r"^[(（]?([A-H])[)）]?(?=$|[\s.．:：、,，)）])")
+_WORD = re.compile(r"(?<![^\W_])[a-z]{6,}(?![^\W_])")
+_NEGATIONS = frozenset(["without", "cannot", "neither", "nothing", "unless", "except"])
+_HALF, _FULL = ",?!:;()", "，？！：；（）"
+_WIDTH = str.maketrans(_HALF + _FULL, _FULL + _HALF)
+
+
+def augment(train: list[Record], config: AugmentConfig, domain: Domain | None, *, seed: int) -> list[Record]:
+    """At most `config.copies` variants of each record, in the records' order."""
+    made: list[Record] = []
+    if not config.methods:
+        return made
+    terms = terms_pattern(domain) if domain else None
+    for record in train:
+        if record.messages[0]["role"] == "text":
+            continue
+        seen = {(record.prompt, record.answer)}
+        for number in range(1, config.copies + 1):
+            rng = random.Random(f"{seed}|{record.source.name}|{record.row.number}|{number}")
+            for method in rng.sample(config.methods, len(config.methods)):
+                changed = _variant(method, record, domain, terms, rng)
+                if changed is not None and changed not in seen:
+                    seen.add(changed)
+                    made.append(_with(record, *changed, method=method, number=number))
+                    break
+    return made
+
+
+def _variant(
+    method: str, record: Record, domain: Domain | None, terms: re.Pattern[str] | None, rng: random.Random
+) -> tuple[str, str] | None:
+    """(prompt, answer) as `method` changes them, or None where it does not apply."""
+    prompt, answer = record.prompt, record.answer
+    language = "zh" if language_of(record.messages) == "zh" else "en"
+    if method == "options":
+        return shuffle_options(prompt, answer, rng)
+    text: str | None = None
+    if method == "instruction" and domain:
+        wordings = [w for w in domain.instructions.get(language, []) if w != "{prompt}"]  # type: ignore[call-overload]
+        text = rng.choice(wordings).replace("{prompt}", prompt) if wordings else None
+    elif method == "terms" and domain and terms:
+        text = swap_term(prompt, answer, domain, terms, rng)
+    elif method == "units" and domain:
+        text = convert_unit(prompt, answer, domain.units, rng)
+    elif method == "typo":
+        text = add_typos(prompt, terms, rng)
+    elif method == "width" and language == "zh":
+        text = prompt.translate(_WIDTH)
+    return None if text is None else (text, answer)
+
+
+def shuffle_options(prompt: str, answer: str, rng: random.Random) -> tuple[str, str] | None:
+    """The choices, one a line, in another order, and the answer with its letter following; None without choices."""
+    choices = list(_CHOICE.finditer(prompt))
+    letters = [choice[1] for choice in choices]
+    picked = _ANSWER.match(answer)
+    if len(choices) < 2 or letters != [chr(65 + i) for i in range(len(choices))] or not picked:
+        return None
+    # "All of the above" and "A and C" depend on the order.
+    if picked[1] not in letters or _ORDERED.search(prompt):
+        return None
+    order = rng.sample(range(len(choices)), len(choices))
+    text = prompt
+    for place in reversed(range(len(choices))):
+        start, end = choices[place].span(2)
+        text = text[:start] + choices[order[place]][2] + text[end:]
+    letter = letters[order.index(letters.index(picked[1]))]
+    return text, answer[: picked.start(1)] + letter + answer[picked.end(1) :]
+
+
+def swap_term(prompt: str, answer: str, domain: Domain, terms: re.Pattern[str], rng: random.Random) -> str | None:
+    """The prompt with one term under another name; None where no term has one, or the answer holds it too."""
+    found = []
+    for match in terms.finditer(prompt):
+        for term in domain.terms:
+            for names in (term.en, term.zh):
+                known = [name for name in names if name.casefold() == match[0].casefold()]
+                others = [name for name in names if name not in known]
+                is_asked = any(whole_word(name).search(answer) for name in (*term.en, *term.zh))
+                if known and others and not is_asked and not any(whole_word(name).search(prompt) for name in others):
+                    found.append((match, others))
+    if not found:
+        return None
+    match, others = rng.choice(found)
+    return prompt[: match.start()] + rng.choice(others) + prompt[match.end() :]
+
+
+def convert_unit(prompt: str, answer: str, units: list[Unit], rng: random.Random) -> str | None:
+    """The prompt with one quantity in another unit; None where there is none, or the answer holds the number."""
+    found = []
+    for unit in units:
+        names = "|".join(re.escape(name) for name in sorted(unit.after, key=len, reverse=True))
+        pattern = rf"(?i:{names})[^\d\n]{{0,12}}?((?<![\d.])\d+(?:\.\d+)?)\s*{re.escape(unit.source)}(?![A-Za-z/])"
+        for match in re.finditer(pattern, prompt):
+            if match[1] not in answer and unit.target not in answer:
+                found.append((match, unit))
+    if not found:
+        return None
+    match, unit = rng.choice(found)
+    value = round(float(match[1]) * unit.factor + unit.offset, unit.digits)
+    written = f"{value:.{unit.digits}f}" if unit.digits else f"{value:.0f}"
+    gap = " " if prompt[match.end(1)] == " " else ""
+    return prompt[: match.start(1)] + written + gap + unit.target + prompt[match.end() :]
+
+
+def add_typos(prompt: str, terms: re.Pattern[str] | None, rng: random.Random) -> str | None:
+    """The prompt with neighbouring letters exchanged, never in terms or negations; None without a long word."""
+    kept = [match.span() for match in terms.finditer(prompt)] if terms else []
+    words = [
+        match.start()
+        for match in _WORD.finditer(prompt)
+        if match[0] not in _NEGATIONS and not any(a < match.end() and match.start() < b for a, b in kept)
+    ]
+    if not words:
+        return None
+    letters = list(prompt)
+    for start in rng.sample(words, min(len(words), max(1, round(TYPO_SHARE * len(prompt) / 2)))):
+        place = start + rng.randrange(1, 4)
+        letters[place], letters[place + 1] = letters[place + 1], letters[place]
+    return "".join(letters)
+
+
+def _with(record: Record, prompt: str, answer: str, *, method: str, number: int) -> Record:
+    messages = [dict(message) for message in record.messages]
+    next(m for m in messages if m["role"] == "user")["content"] = prompt
+    messages[-1]["content"] = answer
+    return dataclasses.replace(record, messages=messages, prompt=prompt, parent=record, method=method, number=number)

@@ -1,0 +1,141 @@
+"""Texts -> pairs of near-duplicates, by MinHash and banding, each pair verified by the exact Jaccard similarity.
+
+Signature: 4 independent hashes, each with 32 bins; a bin holds the least value that falls into it (one permutation
+hashing: Li, Owen and Zhang 2012), an empty bin borrows from the next (Shrivastava and Li 2014). Bands: 32 of four
+values, one of each hash; texts that share a band are candidates, each with its two predecessors and the first of its
+kind (Broder 1997; Leskovec et al., Mining of Massive Datasets, 3.4). A candidate pair whose signatures agree in less
+than two thirds of what the threshold asks is dropped, the others are compared shingle by shingle.
+
+Texts of fewer than 8 shingles are never near-duplicates: too little of them is left to tell by. The pairs do not
+depend on the order of the texts' files when the caller sorts the texts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from metier.data.shingles import MIN_SHINGLES, Batch, Hashes, Ints, Template, batches, mixed, shingle_hashes
+
+HASHES, BINS = 4, 32
+BITS = 5  # of a bin's number
+PAIRS_AT_ONCE = 4096
+_EMPTY = np.uint32(0xFFFFFFFF)
+_ODD = np.array([0xD6E8FEB86659FD93, 0xA0761D6478BD642F, 0xE7037ED1A0B428DB, 0x8EBC6AF09C88C6E3], dtype=np.uint64)
+
+
+@dataclass(frozen=True, slots=True)
+class Pairs:
+    """Verified pairs: left < right, positions among the texts, and their Jaccard similarity in [0, 1]; each [p]."""
+
+    left: Ints
+    right: Ints
+    similarity: NDArray[np.float64]
+
+    def __len__(self) -> int:
+        return len(self.left)
+
+
+def near_duplicates(texts: Sequence[str], *, threshold: float, seed: int = 0) -> Pairs:
+    """All pairs found whose shingles, template text aside, have a Jaccard similarity of at least `threshold`."""
+    template = Template(texts)
+    signatures = np.full((len(texts), HASHES * BINS), _EMPTY, dtype=np.uint32)
+    counts = np.zeros(len(texts), dtype=np.int64)
+    for first, batch in batches(texts):
+        rows = slice(first, first + len(batch))
+        signatures[rows], counts[rows] = _signatures(template.own(batch), seed)
+    useful = np.flatnonzero(counts >= MIN_SHINGLES)
+    _fill_empty(signatures, useful)
+    left, right = _candidates(signatures, useful)
+    left, right = _agreeing(signatures, left, right, 2 / 3 * threshold)
+    return _verified(texts, template, left, right, threshold)
+
+
+def _signatures(batch: Batch, seed: int) -> tuple[NDArray[np.uint32], Ints]:
+    """([n, 128] least values, [n] number of shingles)."""
+    hashes, text = shingle_hashes(batch)
+    hashes = hashes ^ mixed(np.full(1, seed, dtype=np.uint64))
+    least = np.full(len(batch) * HASHES * BINS, _EMPTY, dtype=np.uint32)
+    row = text * (HASHES * BINS)
+    for number, odd in enumerate(_ODD):
+        bins = (hashes >> np.uint64(number * BITS)) & np.uint64(BINS - 1)
+        index = row + bins.astype(np.int64) + number * BINS
+        np.minimum.at(least, index, ((hashes * odd) >> np.uint64(32)).astype(np.uint32))
+    return least.reshape(len(batch), -1), np.bincount(text, minlength=len(batch))
+
+
+def _fill_empty(signatures: NDArray[np.uint32], useful: Ints) -> None:
+    """Gives every empty bin the value of the next full one, changed by how far it was."""
+    for number in range(HASHES):
+        columns = signatures[:, number * BINS : (number + 1) * BINS]
+        sparse = useful[(columns[useful] == _EMPTY).any(axis=1)]
+        block = columns[sparse]
+        filled = block.copy()
+        for distance in range(1, BINS):
+            empty = filled == _EMPTY
+            if not empty.any():
+                break
+            borrowed = np.roll(block, -distance, axis=1)
+            fits = empty & (borrowed != _EMPTY)
+            filled[fits] = borrowed[fits] + np.uint32(distance * 0x9E3779B1 & 0xFFFFFFFF)
+        columns[sparse] = filled
+
+
+def _candidates(signatures: NDArray[np.uint32], useful: Ints) -> tuple[Ints, Ints]:
+    """Pairs of texts that share a band, each pair once."""
+    number = len(signatures)
+    found: list[Ints] = []
+    for band in range(BINS):
+        key = np.zeros(len(useful), dtype=np.uint64)
+        for hash_number in range(HASHES):
+            key = mixed(key + signatures[useful, hash_number * BINS + band] + _ODD[hash_number])
+        order = np.argsort(key, kind="stable")
+        ordered, member = key[order], useful[order]
+        same = np.flatnonzero(ordered[1:] == ordered[:-1]) + 1
+        begins = np.ones(len(ordered), dtype=np.bool_)
+        begins[same] = False
+        first = np.maximum.accumulate(np.where(begins, np.arange(len(ordered)), 0))[same]
+        for other in (same - 1, np.maximum(same - 2, first), first):
+            found.append(_coded(member[other], member[same], number))
+    codes = np.unique(np.concatenate(found)) if found else np.empty(0, np.int64)
+    return codes // number, codes % number
+
+
+def _coded(one: Ints, other: Ints, number: int) -> Ints:
+    """A pair as one number, the smaller position first; repeated ones go at once, to save memory."""
+    return np.unique(np.minimum(one, other) * number + np.maximum(one, other))
+
+
+def _agreeing(signatures: NDArray[np.uint32], left: Ints, right: Ints, least: float) -> tuple[Ints, Ints]:
+    agree = np.zeros(len(left), dtype=np.bool_)
+    for start in range(0, len(left), PAIRS_AT_ONCE):
+        some = slice(start, start + PAIRS_AT_ONCE)
+        agree[some] = (signatures[left[some]] == signatures[right[some]]).mean(axis=1) >= least
+    return left[agree], right[agree]
+
+
+def _verified(texts: Sequence[str], template: Template, left: Ints, right: Ints, threshold: float) -> Pairs:
+    similarity = np.zeros(len(left))
+    for start in range(0, len(left), PAIRS_AT_ONCE):
+        stop = min(start + PAIRS_AT_ONCE, len(left))
+        members = np.unique(np.concatenate([left[start:stop], right[start:stop]]))
+        sets = dict(zip(members.tolist(), _shingle_sets([texts[m] for m in members.tolist()], template), strict=True))
+        for pair in range(start, stop):
+            one, other = sets[int(left[pair])], sets[int(right[pair])]
+            shared = len(one) + len(other) - len(np.unique(np.concatenate([one, other])))
+            similarity[pair] = shared / max(1, len(one) + len(other) - shared)
+    kept = similarity >= threshold
+    return Pairs(left[kept], right[kept], similarity[kept])
+
+
+def _shingle_sets(texts: Sequence[str], template: Template) -> Iterator[Hashes]:
+    """Each text's shingles, each once."""
+    for _, whole in batches(texts):
+        batch = template.own(whole)
+        hashes, text = shingle_hashes(batch)
+        ends = np.cumsum(np.bincount(text, minlength=len(batch)))
+        for start, end in zip([0, *ends[:-1].tolist()], ends.tolist(), strict=True):
+            yield np.unique(hashes[start:end])

@@ -1,0 +1,228 @@
+"""Texts -> normalised code points, hashed shingles, and the marks of template text; the same for Chinese and English.
+
+Normalised: width and case folded, everything but letters, digits and marks is one space, and beside a Han character
+not even that. A shingle is k code points in a row: 2 where a tenth of a text is Han, else 5.
+
+Template text is what stands in many records: a form's boilerplate, a letter's closing. It is found by windows (20
+code points, 8 in Chinese texts) that 20 records or 0.1 % of them share, in a sample of at most 5,000 records, and
+left out of the comparison, unless a long text holds hardly anything else.
+
+Everything is computed for a few hundred thousand characters at once, in numpy. Limits: characters beyond the basic
+plane are compared as they are; folding is one code point to one, so that ligatures stay.
+"""
+
+from __future__ import annotations
+
+import functools
+import unicodedata
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+Codes = NDArray[np.uint32]
+Hashes = NDArray[np.uint64]
+Ints = NDArray[np.int64]
+
+SPACE = 32
+BATCH_CHARS = 2**18
+K_HAN, K_OTHER = 2, 5
+WINDOW_HAN, WINDOW_OTHER = 8, 20
+HAN_SHARE = 0.1
+MIN_SHINGLES = 8
+SAMPLE = 5_000
+TEMPLATE_RECORDS = 20
+TEMPLATE_SHARE = 0.001
+# A text of at least that many code points of which less than a tenth is its own is compared whole.
+LONG_HAN, LONG_OTHER = 60, 200
+OWN_SHARE = 0.1
+_BASE = 0x9E3779B97F4A7C15
+_SLOTS = 2**20
+
+
+@dataclass(frozen=True, slots=True)
+class Batch:
+    """Some texts in a row: their code points, and where each text begins and ends among these.
+
+    codes: [m]; starts: [n + 1], of which the last is m; is_han: [n], whether Han characters carry the text.
+    """
+
+    codes: Codes
+    starts: Ints
+    is_han: NDArray[np.bool_]
+
+    def __len__(self) -> int:
+        return len(self.is_han)
+
+    def text(self, position: int) -> Codes:
+        """The code points of one text."""
+        return self.codes[self.starts[position] : self.starts[position + 1]]
+
+
+def batches(texts: Sequence[str]) -> Iterator[tuple[int, Batch]]:
+    """The texts, normalised, a batch at a time; each with the position of its first text."""
+    first = 0
+    while first < len(texts):
+        size, after = 0, first
+        while after < len(texts) and (size == 0 or size + len(texts[after]) <= BATCH_CHARS):
+            size += len(texts[after])
+            after += 1
+        yield first, normalise(texts[first:after])
+        first = after
+
+
+def normalise(texts: Sequence[str]) -> Batch:
+    """One batch of all `texts`."""
+    raw = np.frombuffer("".join(texts).encode("utf-32-le", "surrogatepass"), dtype=np.uint32)
+    starts = np.zeros(len(texts) + 1, dtype=np.int64)
+    np.cumsum([len(text) for text in texts], out=starts[1:])
+    codes = _fold_table()[np.minimum(raw, 0xFFFF)]
+    beyond = raw > 0xFFFF
+    codes[beyond] = raw[beyond]
+    space, han = codes == SPACE, _is_han(codes)
+    # A space is kept between two words alone: not beside Han, not beside a space, not at a text's ends.
+    gap = np.ones(len(codes) + 1, dtype=np.bool_)
+    gap[1:] = space | han
+    gap[starts[:-1]] = True
+    codes, starts = _keep(codes, starts, ~(space & gap[:-1]))
+    space = codes == SPACE
+    after = np.ones(len(codes) + 1, dtype=np.bool_)
+    after[:-1] = _is_han(codes)
+    after[starts[1:]] = True
+    codes, starts = _keep(codes, starts, ~(space & after[1:]))
+    counts = np.diff(_summed(_is_han(codes))[starts])
+    return Batch(codes, starts, counts > HAN_SHARE * np.diff(starts))
+
+
+def without(batch: Batch, is_template: NDArray[np.bool_]) -> Batch:
+    """The batch without its template text; a long text that is nearly all template stays whole."""
+    lengths = np.diff(batch.starts)
+    own = np.diff(_summed(~is_template)[batch.starts])
+    whole = (lengths >= np.where(batch.is_han, LONG_HAN, LONG_OTHER)) & (own < OWN_SHARE * lengths)
+    codes, starts = _keep(batch.codes, batch.starts, ~is_template | np.repeat(whole, lengths))
+    return Batch(codes, starts, batch.is_han)
+
+
+def shingle_hashes(batch: Batch) -> tuple[Hashes, Ints]:
+    """(hashes, text): a 64-bit hash of every shingle, and the text it belongs to, in order."""
+    return _windows(batch, K_HAN, K_OTHER)
+
+
+def window_hashes(batch: Batch, han: int = WINDOW_HAN, other: int = WINDOW_OTHER) -> tuple[Hashes, Ints, Ints]:
+    """(hashes, text, position): as `shingle_hashes`, of longer windows, with each one's place in `batch.codes`."""
+    hashes, text = _windows(batch, han, other)
+    length = np.where(batch.is_han, han, other)
+    counts = np.maximum(np.diff(batch.starts) - length + 1, 0)
+    first = np.cumsum(counts) - counts
+    return hashes, text, np.arange(len(hashes)) - np.repeat(first, counts) + batch.starts[text]
+
+
+class Template:
+    """The windows that many of `texts` share."""
+
+    def __init__(self, texts: Sequence[str]) -> None:
+        step = max(1, -(-len(texts) // SAMPLE))
+        sample = texts[::step]
+        shared = max(TEMPLATE_RECORDS, int(TEMPLATE_SHARE * len(texts)))
+        needed = max(5, -(-shared * len(sample) // max(1, len(texts))))
+        found = []
+        for first, batch in batches(sample):
+            hashes, text, _ = window_hashes(batch)
+            # Once a text: the same window twice in one text is no template.
+            order = np.lexsort((hashes, text))
+            hashes, text = hashes[order], text[order] + first
+            again = (hashes[1:] == hashes[:-1]) & (text[1:] == text[:-1])
+            found.append(np.delete(hashes, np.flatnonzero(again) + 1))
+        values, counts = np.unique(np.concatenate(found) if found else np.empty(0, np.uint64), return_counts=True)
+        self.hashes: Hashes = values[counts >= needed]
+        self._slots = np.zeros(_SLOTS, dtype=np.bool_)
+        self._slots[_slot(self.hashes)] = True
+
+    def mark(self, batch: Batch) -> NDArray[np.bool_]:
+        """Which code points stand in a shared window."""
+        edges = np.zeros(len(batch.codes) + 1, dtype=np.int32)
+        if len(self.hashes):
+            hashes, text, position = window_hashes(batch)
+            hits = np.flatnonzero(self._slots[_slot(hashes)])
+            hits = hits[np.isin(hashes[hits], self.hashes)]
+            np.add.at(edges, position[hits], 1)
+            np.add.at(edges, position[hits] + np.where(batch.is_han[text[hits]], WINDOW_HAN, WINDOW_OTHER), -1)
+        return np.cumsum(edges[:-1]) > 0
+
+    def own(self, batch: Batch) -> Batch:
+        """What is each text's own."""
+        return without(batch, self.mark(batch)) if len(self.hashes) else batch
+
+
+def _is_han(codes: Codes) -> NDArray[np.bool_]:
+    return (codes >= 0x3400) & (codes <= 0x9FFF) | (codes >= 0x20000) & (codes <= 0x3FFFF)
+
+
+def _keep(codes: Codes, starts: Ints, kept: NDArray[np.bool_]) -> tuple[Codes, Ints]:
+    return codes[kept], _summed(kept)[starts]
+
+
+def _summed(flags: NDArray[np.bool_]) -> Ints:
+    """[m + 1]: how many flags are set before each position."""
+    sums = np.zeros(len(flags) + 1, dtype=np.int64)
+    np.cumsum(flags, out=sums[1:])
+    return sums
+
+
+def _slot(hashes: Hashes) -> Ints:
+    return (hashes & np.uint64(_SLOTS - 1)).astype(np.int64)
+
+
+def _windows(batch: Batch, han: int, other: int) -> tuple[Hashes, Ints]:
+    """Hashes of all windows, `han` or `other` code points long as the text is."""
+    is_han = batch.is_han
+    lengths = np.diff(batch.starts)
+    size = np.where(is_han, han, other)
+    counts = np.maximum(lengths - size + 1, 0)
+    if not counts.sum():
+        return np.empty(0, np.uint64), np.empty(0, np.int64)
+    text = np.repeat(np.arange(len(batch)), counts)
+    within = np.arange(len(text)) - np.repeat(np.cumsum(counts) - counts, counts)
+    position = within + batch.starts[text]
+    codes = batch.codes.astype(np.uint64)
+    if is_han.all():
+        return mixed(_rolling(codes, han)[position]), text
+    hashes = _rolling(codes, other)[np.minimum(position, max(0, len(codes) - other))]
+    if is_han.any():
+        chosen = is_han[text]
+        hashes[chosen] = _rolling(codes, han)[position[chosen]]
+    return mixed(hashes), text
+
+
+def _rolling(codes: Hashes, size: int) -> Hashes:
+    """Polynomial hashes of all windows of `size` code points, by doubling; [max(1, m - size + 1)]."""
+    if len(codes) < size:
+        return np.zeros(1, np.uint64)
+    done, hashes, base = 1, codes + np.uint64(1), _BASE
+    for bit in bin(size)[3:]:
+        hashes = hashes[:-done] * np.uint64(base) + hashes[done:]
+        done, base = 2 * done, base * base % 2**64
+        if bit == "1":
+            hashes = hashes[:-1] * np.uint64(_BASE) + (codes[done:] + np.uint64(1))
+            done, base = done + 1, base * _BASE % 2**64
+    return hashes
+
+
+def mixed(hashes: Hashes) -> Hashes:
+    """Every bit of the result depends on every bit of the hash (the finaliser of splitmix64, Steele et al. 2014)."""
+    hashes = (hashes ^ (hashes >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    hashes = (hashes ^ (hashes >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return hashes ^ (hashes >> np.uint64(31))
+
+
+@functools.cache
+def _fold_table() -> Codes:
+    """Each code point of the basic plane -> its folded form, or a space."""
+    table = np.empty(0x10000, dtype=np.uint32)
+    for code in range(0x10000):
+        folded = unicodedata.normalize("NFKC", chr(code)).casefold()
+        one = folded if len(folded) == 1 else chr(code)
+        is_text = one.isalnum() or unicodedata.category(one)[0] == "M"
+        table[code] = ord(one) if is_text else SPACE
+    return table

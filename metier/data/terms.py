@@ -1,0 +1,81 @@
+"""The domain's terms in the data, and what they cost in tokens of a base model."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from typing import Any
+
+import polars
+
+from metier.data.records import Record
+from metier.domains import Domain
+
+# More tokens than that for a character of Chinese, or for a word of English, and the base hardly knows the language.
+MANY_PER_HAN, MANY_PER_WORD = 1.5, 4.0
+_HAN = re.compile(r"[\u3400-\u9fff]")
+
+
+def coverage(domain: Domain, records: list[Record]) -> dict[str, Any]:
+    """How many of the glossary's terms stand in the records, and how many records hold one.
+
+    Latin names count as whole words; those with capitals inside (CAR, eGFR) only as written.
+    """
+    names = domain.names()
+    texts = ["\n".join(turn["content"] for turn in record.messages) for record in records]
+    if not names:
+        return {"terms": 0, "terms_found": 0, "records_with_a_term": 0, "terms_missing": []}
+    patterns = {name.lower(): whole_word(name) for name in names}
+    likely = polars.Series(texts, dtype=polars.String).str.extract_many(
+        names, ascii_case_insensitive=True, overlapping=True
+    )
+    found: set[str] = set()
+    holding = 0
+    for text, candidates in zip(texts, likely, strict=True):
+        here = {word for word in {c.lower() for c in candidates} if patterns[word].search(text)}
+        holding += bool(here)
+        found |= here
+    known = [any(name.lower() in found for name in (*term.en, *term.zh)) for term in domain.terms]
+    missing = [(term.en or term.zh)[0] for term, is_known in zip(domain.terms, known, strict=True) if not is_known]
+    return {
+        "terms": len(domain.terms),
+        "terms_found": sum(known),
+        "records_with_a_term": holding,
+        "terms_missing": missing,
+    }
+
+
+def token_cost(domain: Domain, encode: Callable[[str], list[int]]) -> list[str]:
+    """Sentences on the terms that the base's tokenizer breaks into many tokens, and on the cost of Chinese."""
+    costs: dict[str, list[tuple[float, str, int]]] = {"en": [], "zh": []}
+    for term in domain.terms:
+        for language, names in (("en", term.en), ("zh", term.zh)):
+            for name in names:
+                size = len(_HAN.findall(name)) if language == "zh" else len(name.split())
+                tokens = len(encode(name))
+                costs[language].append((tokens / max(1, size), name, tokens))
+    said = []
+    for language, unit, many in (("en", "word", MANY_PER_WORD), ("zh", "character", MANY_PER_HAN)):
+        if not costs[language]:
+            continue
+        broken = sorted(((share, name, n) for share, name, n in costs[language] if share > many), reverse=True)
+        mean = sum(share for share, _, _ in costs[language]) / len(costs[language])
+        worst = ", ".join(f"{name} ({n})" for _, name, n in broken[:5])
+        said.append(
+            f"terms ({language}): {mean:.1f} tokens a {unit}; {len(broken)} of {len(costs[language])} take more than "
+            f"{many:g}" + (f": {worst}" if worst else "")
+        )
+        if language == "zh" and mean > MANY_PER_HAN:
+            said.append(
+                "this base writes Chinese in pieces of characters, so that a Chinese record costs more than twice the "
+                "tokens: a base trained on Chinese, such as Qwen, needs about 0.7 a character"
+            )
+    return said
+
+
+def whole_word(name: str) -> re.Pattern[str]:
+    """Finds a name as a whole word; one with capitals inside (CAR, eGFR) only as written."""
+    if not name.isascii():
+        return re.compile(re.escape(name))
+    flags = 0 if any(c.isupper() for c in name[1:]) else re.IGNORECASE
+    return re.compile(f"(?<![A-Za-z0-9]){re.escape(name)}(?![A-Za-z0-9])", flags)
