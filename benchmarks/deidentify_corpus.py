@@ -1,3 +1,4 @@
+# ruff: noqa: E501
 """Sentence templates -> records with planted identifiers, for benchmarks/bench_deidentify.py.
 
 Names, addresses and companies come from Faker (zh_CN, en_US), so that no list of the recognizers is their source; the
@@ -15,9 +16,36 @@ from dataclasses import dataclass
 from pathlib import Path
 
 FOLDER = Path(__file__).parent / "deidentify"
-COMPOUND = "欧阳 司马 上官 诸葛 东方 皇甫 尉迟 公孙 慕容 令狐 夏侯 司徒 端木 南宫 独孤 宇文 长孙 百里".split()
-MINORITY = "买买提·阿不都拉 古丽娜尔·艾合买提 阿依古丽·买买提 迪丽努尔·托合提 扎西·顿珠 努尔兰·哈力克 热合曼·吐尔逊".split()
-BINS = "622202 622848 621700 623058 621661 621483 622588 436742 621226 622262".split()
+COMPOUND = [
+    "欧阳",
+    "司马",
+    "上官",
+    "诸葛",
+    "东方",
+    "皇甫",
+    "尉迟",
+    "公孙",
+    "慕容",
+    "令狐",
+    "夏侯",
+    "司徒",
+    "端木",
+    "南宫",
+    "独孤",
+    "宇文",
+    "长孙",
+    "百里",
+]
+MINORITY = [
+    "买买提·阿不都拉",
+    "古丽娜尔·艾合买提",
+    "阿依古丽·买买提",
+    "迪丽努尔·托合提",
+    "扎西·顿珠",
+    "努尔兰·哈力克",
+    "热合曼·吐尔逊",
+]
+BINS = ["622202", "622848", "621700", "623058", "621661", "621483", "622588", "436742", "621226", "622262"]
 PROVINCES = "京津冀晋蒙辽吉黑沪苏浙皖闽赣鲁豫鄂湘粤桂琼渝川贵云藏陕甘青宁新"
 ID_WEIGHTS = (7, 9, 10, 5, 8, 4, 2, 1, 6, 3, 7, 9, 10, 5, 8, 4, 2)
 USCC_ALPHABET = "0123456789ABCDEFGHJKLMNPQRTUWXY"
@@ -157,11 +185,13 @@ def zh_makers(seed: int) -> dict[str, tuple[str, Callable[[], str]]]:
         )  # fmt: skip
 
     def mobile() -> str:
-        return rng.choice("13 15 17 18 19".split()) + rng.choice("0356789") + digits(rng, 8)
+        return rng.choice(["13", "15", "17", "18", "19"]) + rng.choice("0356789") + digits(rng, 8)
 
     def plate() -> str:
         head = rng.choice(PROVINCES) + rng.choice("ABCDEFGH") + rng.choice(("", "", "·"))
-        return head + (rng.choice("DF") + digits(rng, 5) if rng.random() < 0.3 else rng.choice("ABCDEFGHJK") + digits(rng, 4))
+        return head + (
+            rng.choice("DF") + digits(rng, 5) if rng.random() < 0.3 else rng.choice("ABCDEFGHJK") + digits(rng, 4)
+        )
 
     def card() -> str:
         return luhn(rng, rng.choice(BINS), rng.choice((16, 19)))
@@ -212,7 +242,20 @@ def en_makers(seed: int) -> dict[str, tuple[str, Callable[[], str]]]:
     faker.seed_instance(seed)
     world = Faker(["en_GB", "de_DE", "fr_FR", "es_ES", "it_IT", "nl_NL", "pl_PL", "sv_SE", "en_IN", "pt_BR"])
     world.seed_instance(seed)
-    months = "January February March April May June July August September October November December".split()
+    months = [
+        "January",
+        "February",
+        "March",
+        "April",
+        "May",
+        "June",
+        "July",
+        "August",
+        "September",
+        "October",
+        "November",
+        "December",
+    ]
 
     def either(mine: Callable[[], str], others: Callable[[], str], share: float = 0.3) -> Callable[[], str]:
         return lambda: others() if rng.random() < share else mine()
@@ -263,9 +306,9 @@ def en_makers(seed: int) -> dict[str, tuple[str, Callable[[], str]]]:
 
 # presidio-evaluator's slots -> the type planted; an empty type is neutral: neither asked for nor counted against.
 HELD_EN = {
-    **dict.fromkeys("person name name_female name_male first_name last_name first_name_male first_name_female".split(), "PERSON"),
-    **dict.fromkeys("first_name_nonbinary last_name_female last_name_male".split(), "PERSON"),
-    **dict.fromkeys("address street_name building_number secondary_address postcode zipcode".split(), "ADDRESS"),
+    **dict.fromkeys(["person", "name", "name_female", "name_male", "first_name", "last_name", "first_name_male", "first_name_female"], "PERSON"),
+    **dict.fromkeys(["first_name_nonbinary", "last_name_female", "last_name_male"], "PERSON"),
+    **dict.fromkeys(["address", "street_name", "building_number", "secondary_address", "postcode", "zipcode"], "ADDRESS"),
     "credit_card_number": "CARD", "phone_number": "PHONE", "email": "EMAIL", "iban": "ACCOUNT", "ip_address": "IP",
     "ssn": "SSN", "us_driver_license": "LICENCE", "date_of_birth": "DATE", "url": "URL",
 }  # fmt: skip
@@ -305,9 +348,7 @@ def presidio_records(raw_data: Path, count: int, seed: int) -> tuple[list[Plante
     return out, neutral
 
 
-def _presidio_value(
-    slot: str, person: dict[str, str], nation: dict[str, str], company: str, rng: random.Random
-) -> str:
+def _presidio_value(slot: str, person: dict[str, str], nation: dict[str, str], company: str, rng: random.Random) -> str:
     street = person["StreetAddress"]
     number = re.search(r"\d+\S*", street)
     name = f"{person['GivenName']} {person['Surname']}"
@@ -335,7 +376,7 @@ def _presidio_value(
         "date_of_birth": person["Birthday"], "date_time": f"{rng.randint(2000, 2024)}-{rng.randint(1, 12):02d}-{rng.randint(1, 28):02d}",
         "ip_address": ".".join(str(rng.randint(1, 254)) for _ in range(4)),
         "ssn": f"{rng.randint(100, 665):03d}-{rng.randint(1, 99):02d}-{rng.randint(1, 9999):04d}",
-        "state_abbr": person["State"][:2] or "NY", "day_of_week": rng.choice("Monday Tuesday Friday Sunday".split()),
+        "state_abbr": person["State"][:2] or "NY", "day_of_week": rng.choice(["Monday", "Tuesday", "Friday", "Sunday"]),
         "us_driver_license": rng.choice("ABCDFS") + digits(rng, 7),
     }  # fmt: skip
     return values[slot]

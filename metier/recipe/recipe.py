@@ -12,6 +12,7 @@ from metier.recipe.balance import BalanceConfig
 from metier.recipe.data import DataConfig
 from metier.recipe.dedup import DedupConfig
 from metier.recipe.evaluate import EvaluateConfig
+from metier.recipe.privacy import PrivacyConfig
 from metier.recipe.section import Section
 from metier.recipe.train import AdapterConfig, TrainConfig
 
@@ -36,6 +37,7 @@ class Recipe(Section):
         description="`finance`, `medicine`, `education`, or a YAML file of your own: wordings, terms, red lines.",
     )
     data: DataConfig
+    privacy: PrivacyConfig = PrivacyConfig()
     dedup: DedupConfig = DedupConfig()
     balance: BalanceConfig = BalanceConfig()
     augment: AugmentConfig = AugmentConfig()

@@ -1,7 +1,7 @@
 """Chinese addresses and organisations -> spans, found by how they end: 幸福路18号3单元, 同兴万点科技有限公司.
 
-An address begins at a province or city that a list knows, or after a cue (住址, 家住); an organisation runs from its ending
-back to the first word that cannot belong to it. 本公司, 商业银行 and 人民法院 are no organisation's own names.
+An address begins at a province or city that a list knows, or after a cue (住址, 家住); an organisation runs from its
+ending back to the first word that cannot belong to it. 本公司, 商业银行 and 人民法院 are no organisation's own names.
 """
 
 from __future__ import annotations
@@ -11,12 +11,13 @@ from collections.abc import Iterator
 from functools import cache
 
 from metier.data.deidentify.chinese import HAN, NAME_EDGE, Token
-from metier.data.deidentify.lexicon import words
+from metier.data.deidentify.lexicon import cues, words
 from metier.data.deidentify.spans import Span
 
 _NUMERAL = "[0-9A-Za-z一二三四五六七八九十百甲乙丙丁东西南北-]"
 _TAIL = (
-    rf"(?:{_NUMERAL}{{1,6}}(?:号楼|号院|号|栋|幢|座|单元|室|层|楼|弄|巷|组|队|门|户|期|区|排|铺)(?:[0-9]{{1,4}}(?=[^0-9A-Za-z号楼院栋幢座单层室弄巷组队门户期区排铺]|$))?)"
+    rf"(?:{_NUMERAL}{{1,6}}(?:号楼|号院|号|栋|幢|座|单元|室|层|楼|弄|巷|组|队|门|户|期|区|排|"
+    rf"铺)(?:[0-9]{{1,4}}(?=[^0-9A-Za-z号楼院栋幢座单层室弄巷组队门户期区排铺]|$))?)"
 )
 _ROAD = rf"[{HAN}]{{1,12}}?(?:大道|大街|路|街|道|巷|弄|胡同|里|村|庄|屯|新村|小区|花园|家园|公寓|大厦|广场|苑|城|座)"
 
@@ -26,11 +27,15 @@ def _address_pattern() -> re.Pattern[str]:
     places = "|".join(sorted(words("zh_places"), key=len, reverse=True))
     region = rf"(?:(?:{places})(?:省|市|自治区|特别行政区|地区|自治州|盟)?)"
     district = rf"(?:[{HAN}]{{1,7}}?(?:自治县|新区|区|县|市|旗|镇|乡|街道|开发区))"
-    return re.compile(rf"{region}{{1,3}}{district}{{0,3}}(?:{_ROAD})?[{HAN}]{{0,2}}?{_TAIL}{{0,6}}|{district}{{0,2}}{_ROAD}{_TAIL}{{1,6}}")
+    return re.compile(
+        rf"{region}{{1,3}}{district}{{0,3}}(?:{_ROAD})?[{HAN}]{{0,2}}?{_TAIL}{{0,6}}|"
+        rf"{district}{{0,2}}{_ROAD}{_TAIL}{{1,6}}"
+    )
 
 
 _ADDRESS_CUE = re.compile(
-    r"(?:现住址|家庭住址|家庭地址|联系地址|通讯地址|注册地址|收货地址|开户地址|户籍地址|户籍所在地|住所地|住所|住址|地址|现住|家住|住在|居住在|居住于|位于|送到了?|送至|寄到|寄往|寄至|搬到|户籍)[::\s为是在\"]{0,4}"
+    r"(?:现住址|家庭住址|家庭地址|联系地址|通讯地址|注册地址|收货地址|开户地址|户籍地址|户籍所在地|住所地|住所|住址|地址|现住|家住|住在|居住在|居住于|位于|送到了?|送至|寄到|寄往|"
+    r"寄至|搬到|户籍)[::\s为是在\"]{0,4}"
     rf"(?P<v>[{HAN}][{HAN}0-9A-Za-z()-]{{4,60}})"
 )
 
@@ -51,26 +56,25 @@ def find_places(text: str) -> Iterator[Span]:
             yield Span(match.start("v"), match.start("v") + tail[-1].end(), "ADDRESS", 0.92)
 
 
+_ADDRESS_AFTER = "地址|住址|住所|家住|住在|现住|住|位于|送到了?|送至|寄到|搬到|前往|来自|在|于|到|至|是|为|了|的"
+
+
 def _after_cue(text: str, start: int, end: int) -> int:
     """Where the address begins: after the last cue, verb or preposition that the pattern ran over."""
-    last = None
-    for last in re.finditer("地址|住址|住所|家住|住在|现住|住|位于|送到了?|送至|寄到|搬到|前往|来自|在|于|到|至|是|为|了|的", text[start : end - 4]):
-        pass
-    return start + last.end() if last else start
+    found = list(re.finditer(_ADDRESS_AFTER, text[start : end - 4]))
+    return start + found[-1].end() if found else start
 
 
 _ORG_END = re.compile(
-    "(?:(?:股份)?有限(?:责任)?公司|股份公司|公司)|集团|银行(?:[\u4e00-\u9fff]{2,8}?(?:分行|支行|营业部))?|支行|分行|信用社|医院|卫生院|诊所|门诊部|大学|学院|中学|小学|幼儿园|学校|研究所|研究院|事务所|"
+    "(?:(?:股份)?有限(?:责任)?公司|股份公司|公司)|集团|银行(?:[\u4e00-\u9fff]{2,8}?(?:分行|支行|营业部))?|支行|分行|信用社|医院|卫生院|诊所|门诊部|"
+    "大学|学院|中学|小学|幼儿园|学校|研究所|研究院|事务所|"
     "基金会|协会|商会|合作社|派出所|公安局|法院|检察院|税务局|居委会|村委会|律所|工作室|经营部|商行|药房|超市|酒店|餐厅"
-)
-_ORG_COMMON = set(
-    "中国 中华人民共和国 最高 高级 中级 专门 外国 海事 行业 会计师 消费者 农民 专业 本 该 我 贵 某 各 一家 这家 那家 有限 上市 保险 证券 基金 信托 物业 子 母 分 总 商业 中央 国有 股份制 外资 中资 综合 三甲 专科 公立 私立 社区 基层 定点 当地 附属 重点 高等 职业 普通 地方 人民 责任 "
-    "民办 全日制 综合性 大型 中小 小型 开户 发卡 代理 关联 控股 收购 目标 股份 开放 投资 担保 租赁 贷款 理财 金融 财务 房地产 互联网 科技 跨国 同一 有关 相关 接收 转诊 就诊 住院 任职 单位".split()
 )
 
 
 def find_organisations(text: str, tagged: list[Token]) -> Iterator[Span]:
     """A run of nouns that ends like an organisation; 本公司 and 商业银行 are none."""
+    outside = cues("zh_organisation_before")
     starts: list[int] = []
     position = 0
     for word, _ in tagged:
@@ -83,8 +87,9 @@ def find_organisations(text: str, tagged: list[Token]) -> Iterator[Span]:
         begin = match.start()
         while index >= 0 and match.end() - starts[index] <= 24:
             word = tagged[index][0]
-            edge = index == 0 or NAME_EDGE.match(tagged[index - 1][0][-1]) or tagged[index - 1][0] in _ORG_BEFORE
-            if not re.match(f"[{HAN}A-Za-z0-9()]", word) or (word in _ORG_BEFORE and not (word in "和同与" and edge)):
+            earlier = tagged[index - 1][0] if index else ","
+            edge = NAME_EDGE.match(earlier[-1]) or earlier in outside
+            if not re.match(f"[{HAN}A-Za-z0-9()]", word) or (word in outside and not (word in "和同与" and edge)):
                 break
             begin = starts[index]
             index -= 1
@@ -95,12 +100,14 @@ def find_organisations(text: str, tagged: list[Token]) -> Iterator[Span]:
             yield Span(begin, match.end(), "ORGANIZATION", 0.7)
 
 
-_ORG_CUT = re.compile("的|向|何为|其他|同级|上级|下级|上一级|不得|或者|负责|条件|以下|以上|以外|通知|[0-9]日内|之日|通过|取得")
+_ORG_CUT = re.compile(
+    "的|向|何为|其他|同级|上级|下级|上一级|不得|或者|负责|条件|以下|以上|以外|通知|[0-9]日内|之日|通过|取得"
+)
 
 
 def _has_own_name(name: str, tags: list[str], ending: str) -> bool:
     """Whether the words before the ending name one organisation; 农民专业合作社 and 海事法院 do not."""
-    if name in _ORG_COMMON:
+    if name in cues("zh_organisation_common"):
         return False
     if "有限" in ending or "股份" in ending:
         return not _is_generic(name)
@@ -110,15 +117,8 @@ def _has_own_name(name: str, tags: list[str], ending: str) -> bool:
     return own > 0 and not _is_generic(name)
 
 
-_ORG_BEFORE = set(
-    "我 你 他 她 您 们 我们 他们 该 本 把 将 从 给 去 来 称 说 以 并 等 也 又 都 已 曾 要 让 请 或 或者 以及 之 所 则 其 个 家 名 位 向 经由 通过 根据 按照 依照 委托 关于 有 无 不 未 没有 现 前 后 内 外 上 下 中 "
-    "应 应当 可以 可 得 由于 因 因为 对于 设立 成立 作为 属于 包括 成为 担任 是否 系 称 名为 叫 叫做 父亲 母亲 在职 工作 上班 申请 注册于 送 送到 送往 转 转到 转至 转往 住 位于 打 打给 联系 签订 签约 合作 "
-    "单位 我单位 现任 参保 注册 开户行 甲方 乙方 丙方 客户 名称 户名 抬头 发票 发票抬头 任职 就职 供职 就读 毕业 来自 拜访 被 由 在 到 于 对 向 与 和 是 为 系 及 至 了 经 原 参保单位 工作单位 签 前往 加入 起诉".split()
-)
-
-
 def _is_generic(name: str) -> bool:
     """Whether the words before the ending say only what kind of organisation it is."""
     import rjieba
 
-    return all(word in _ORG_COMMON for word in rjieba.cut(name))
+    return all(word in cues("zh_organisation_common") for word in rjieba.cut(name))

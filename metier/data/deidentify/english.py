@@ -1,7 +1,7 @@
 """English names, organisations and places -> spans; other languages in Latin script as far as the same marks carry.
 
-A run of capitalised words is read word by word: first name, last name, everyday word, medicine's word, place, or unknown.
-Titles, cue words, name lists and what follows (`disease`, `Inc`, `said`) decide. Word lists: lists/README.md.
+A run of capitalised words is read word by word: first name, last name, everyday word, medicine's word, place, or
+unknown. Titles, cue words, name lists and what follows (`disease`, `Inc`, `said`) decide. Word lists: lists/README.md.
 Limits: names in lower case are found after a cue or as a first and last name that are no everyday words.
 """
 
@@ -11,64 +11,56 @@ import re
 from collections.abc import Iterator
 from functools import cache
 
-from metier.data.deidentify.lexicon import word_set, words
+from metier.data.deidentify.lexicon import cues, word_set, words
 from metier.data.deidentify.spans import Span
 
 LETTER = "A-Za-z\u00c0-\u024f"
 _WORD = re.compile(rf"(?<![0-9{LETTER}])[{LETTER}]+(?:['-][{LETTER}]+)*(?![0-9{LETTER}])")
-_PARTICLES = set("de da do dos das di del della der den des du la le van von ten ter bin ibn al el st y e".split())
-_TITLES = set(
-    "mr mrs ms miss mx dr prof professor sir madam lady lord rev reverend fr father sister brother capt captain sgt officer judge justice sen senator "
-    "rep hon mme mlle monsieur herr frau nurse coach uncle aunt aunty grandma grandpa president sheriff detective lt col gen".split()
-)
-_HEADS = set(  # eponyms and terms: Crohn disease, Apgar score
-    "disease diseases syndrome syndromes disorder disorders sign signs test tests score scale index criteria criterion catheter tube anemia lymphoma sarcoma tumor tumour "
-    "palsy phenomenon reflex procedure operation maneuver manoeuvre classification stage staging cell cells body bodies law laws theorem equation distribution model method principle "
-    "effect ratio curve regression algorithm constant number taxonomy theory inventory questionnaire type virus fever dystrophy ataxia chorea thyroiditis esophagus contracture fracture "
-    "agar stain solution lactate position gland duct canal loop node plot hypothesis rule act reform league award prize exam scholarship atrophy dementia deficiency malformation anomaly "
-    "encephalopathy neuropathy myopathy nephropathy arthritis leukemia cancer carcinoma gene protein factor".split()
-)
-_ORG_ENDS = set(
-    "ohg mbh inc llc llp ltd limited corp corporation co company plc gmbh ag sa nv bv oy ab srl spa kg pty group groups holdings holding bank banks banco hospital hospitals university college school schools "
-    "academy clinic clinics center centre institute institution foundation association society partners associates sons brothers bros industries industry technologies technology tech solutions systems "
-    "services labs laboratories pharmaceuticals pharma insurance capital ventures consulting enterprises airlines airways motors energy media studios press records stores store market markets "
-    "supermarket restaurant cafe hotel hotels inn church ministry department agency council committee commission union federation club team trust fund library museum hospice pharmacy".split()
-)
-_ORG_GENERIC = set(
-    "the a an this that our your my his her their its every each any some local nearest general medical central national international public private united community health care first savings "
-    "commercial investment high middle elementary primary secondary law business medicine nursing drug parent holding insurance new old world free great department of and for in at".split()
-)
 _ORG_MORE = re.compile(r"(?:\.?,? ?(?:& )?(?:Co|KGaA|KG|OHG|mbH|Inc|Ltd|LLC|LLP|S\.?A|AG)\b\.?)+")
 # Smith, Jones and Brown; Smith-Jones is read as a name.
 _FIRM = re.compile(rf"[A-Z][{LETTER}'-]+(?:, [A-Z][{LETTER}'-]+)+,? (?:and|&) [A-Z][{LETTER}'-]+")
 _ORG_CUES = re.compile(
-    r"\b(?:work(?:s|ed|ing)? (?:at|for|with)|employ(?:ed|er|ee)s? (?:by|at|of|is|:)|job at|position at|hired by|office(?:s)? of|CEO of|founder of|director of|manager at|president of|chairman of|shares? (?:of|in)|stock (?:of|in)|invest(?:ed|ing)? in|acquired by|merger with|company called|company named|account (?:at|with)|customer of|client of|products? (?:of|from)|joined|contract with) $",
+    r"\b(?:work(?:s|ed|ing)? (?:at|for|with)|employ(?:ed|er|ee)s? (?:by|at|of|is|:)|job at|position at|"
+    r"hired by|office(?:s)? of|CEO of|founder of|director of|manager at|president of|chairman of|"
+    r"shares? (?:of|in)|stock (?:of|in)|invest(?:ed|ing)? in|acquired by|merger with|company called|"
+    r"company named|account (?:at|with)|customer of|client of|products? (?:of|from)|joined|"
+    r"contract with) $",
     re.IGNORECASE,
 )
 _BEFORE = re.compile(
-    r"(?:\b(?:name is|named|name's|I'm|I am|this is|it's|called|call me|signed|sincerely|regards|cheers|thanks|thank you|thx|best|dear|hi|hello|hey|attn|attention|contact|contact person|patient|client|customer|student|teacher|employee|"
-    r"nurse|doctor|physician|surgeon|attorney|lawyer|tenant|landlord|guarantor|borrower|beneficiary|applicant|witness|plaintiff|defendant|author|authors|spoke (?:with|to)|talk(?:ed|ing)? (?:with|to)|met(?: with)?|ask(?:ed)?|tell|told|call(?:ed)?|"
-    r"email(?:ed)?|text(?:ed)?|invite[ds]?|wife|husband|spouse|mother|father|mom|dad|son|daughter|brother|sister|friend|partner|boss|colleague|neighbor|cousin|fianc[eé]e?|girlfriend|boyfriend|by|from|to|with|between|and|for|seen by|referred by|written by|discussed with|cc|owner|holder|cardholder|passenger|driver|recipient|sender|name|full name|first name|last name|surname|payee|ms|mr|mrs|dr)[:,]?[ \n\"'(-]{1,3})$",
+    r"(?:\b(?:name is|named|name's|I'm|I am|this is|it's|called|call me|signed|sincerely|regards|cheers|"
+    r"thanks|thank you|thx|best|dear|hi|hello|hey|attn|attention|contact|contact person|patient|client|"
+    r"customer|student|teacher|employee|"
+    r"nurse|doctor|physician|surgeon|attorney|lawyer|tenant|landlord|guarantor|borrower|beneficiary|"
+    r"applicant|witness|plaintiff|defendant|author|authors|spoke (?:with|to)|talk(?:ed|ing)? (?:with|to)|"
+    r"met(?: with)?|ask(?:ed)?|tell|told|call(?:ed)?|"
+    r"email(?:ed)?|text(?:ed)?|invite[ds]?|wife|husband|spouse|mother|father|mom|dad|son|daughter|brother|"
+    r"sister|friend|partner|boss|colleague|neighbor|cousin|fianc[eé]e?|girlfriend|boyfriend|by|from|to|"
+    r"with|between|and|for|seen by|referred by|written by|discussed with|cc|owner|holder|cardholder|"
+    r"passenger|driver|recipient|sender|name|full name|first name|last name|surname|payee|ms|mr|mrs|"
+    r"dr)[:,]?[ \n\"'(-]{1,3})$",
     re.IGNORECASE,
 )
 _TOWN = re.compile(
-    rf"(?<![{LETTER}.])(?:New|North|South|East|West|Port|Lake|Saint|St\.|Mount|Fort|San|Santa|El|Los|Las) ([A-Z][{LETTER}'-]+)"
+    rf"(?<![{LETTER}.])(?:New|North|South|East|West|Port|Lake|Saint|St\.|Mount|Fort|San|Santa|El|Los|"
+    rf"Las) ([A-Z][{LETTER}'-]+)"
 )
-_TOWN_END = ("ville", "ton", "burg", "burgh", "borough", "bury", "mouth", "view", "shire", "haven", "stad", "chester", "berg")
-_TOWN_END += ("furt", "town", "stadt", "heim", "fort", "land", "side", "port", "ham", "field", "ford")
 _VERSUS = re.compile(rf"((?:[A-Z][{LETTER}'-]+ )*[A-Z][{LETTER}'-]+) vs?\. ((?:d[aeu] )?[A-Z][{LETTER}'-]+)")
 _IN = re.compile(r"\b(?:in|near|from|to|at|visit|visiting|around|outside|for|of) $")
-_WEAK = re.compile(r"\b(?:by|from|to|with|between|and|for|thanks|best|it's|call(?:ed)?|attention)[:,]?[ \n\"'(-]{1,3}$", re.IGNORECASE)
+_WEAK = re.compile(
+    r"\b(?:by|from|to|with|between|and|for|thanks|best|it's|call(?:ed)?|attention)[:,]?[ \n\"'(-]{1,3}$", re.IGNORECASE
+)
 _SELF = re.compile(
-    rf"\b(?i:my name is|my name's|i am called|name:|named|call me|signed,?|mr\.?|mrs\.?|ms\.?|dr\.?|dear) ((?:[{LETTER}]+(?:['-][{LETTER}]+)*\.?)(?: [{LETTER}]\b\.?)?(?: [{LETTER}]+(?:['-][{LETTER}]+)*)?)"
+    rf"\b(?i:my name is|my name's|i am called|name:|named|call me|signed,?|mr\.?|mrs\.?|ms\.?|dr\.?|"
+    rf"dear) ((?:[{LETTER}]+(?:['-][{LETTER}]+)*\.?)(?: [{LETTER}]\b\.?)?(?: [{LETTER}]+(?:['-][{LETTER}]+)*)?)"
 )
 _AFTER = re.compile(
-    r"(?:'s (?:mother|father|wife|husband|son|daughter|account|email|address|phone|number|report|birthday|house|card|office|file|record|records|name|case|order|request|new|old|car)\b|,? (?:said|says|wrote|writes|told|asked|asks|called|called|emailed|replied|added|lives|lived|works|worked|was born|is a|was a|has been|is my|is the|and I|will be|would like|wants|needs|went|came|reported|complain|complained|denies|presented|signed|agreed|paid|owes|joined|MD|M\.D|PhD|RN|Jr|Sr|Esq|III|II)\b|,? (?:born|aged|age|\d{1,3} years?|DOB|SSN|MRN)\b)"
-)
-_NOT_NAMES = set(
-    "monday tuesday wednesday thursday friday saturday sunday january february march april may june july august september october november december mon tue wed thu fri sat sun jan feb mar apr jun jul aug sep sept oct nov dec "
-    "god internet english i i'm i've i'd i'll ok okay pm am tv id us usa uk eu un who what when where why how please thanks thank hello hi hey dear yes no sincerely regards "
-    "north south east west northern southern eastern western inc llc ltd covid wifi wi-fi iphone ipad android facebook google twitter instagram whatsapp linkedin youtube amazon netflix paypal visa mastercard amex windows microsoft apple xbox".split()
+    r"(?:'s (?:mother|father|wife|husband|son|daughter|account|email|address|phone|number|report|birthday|"
+    r"house|card|office|file|record|records|name|case|order|request|new|old|car)\b|,? (?:said|says|wrote|"
+    r"writes|told|asked|asks|called|called|emailed|replied|added|lives|lived|works|worked|was born|is a|"
+    r"was a|has been|is my|is the|and I|will be|would like|wants|needs|went|came|reported|complain|"
+    r"complained|denies|presented|signed|agreed|paid|owes|joined|MD|M\.D|PhD|RN|Jr|Sr|Esq|III|II)\b|"
+    r",? (?:born|aged|age|\d{1,3} years?|DOB|SSN|MRN)\b)"
 )
 
 
@@ -83,7 +75,7 @@ def _kinds() -> dict[str, str]:
     kinds |= dict.fromkeys(words("en_both"), "b")
     kinds |= dict.fromkeys((w.lower() for name in words("en_countries") for w in name.split()), "w")
     kinds |= dict.fromkeys((word for n in words("en_nationalities") for word in n.lower().split()), "w")
-    return kinds | dict.fromkeys(_NOT_NAMES, "w")
+    return kinds | dict.fromkeys(cues("en_no_names"), "w")
 
 
 @cache
@@ -152,7 +144,7 @@ def _runs(text: str) -> Iterator[Run]:
                 yield from _closed(run)
                 run = []
             run.append(word)
-        elif run and gap in (" ", ". ") and token in _PARTICLES | {"and", "of"}:
+        elif run and gap in (" ", ". ") and token in cues("en_particles") | {"and", "of"}:
             run.append(word)
         elif run:
             yield from _closed(run)
@@ -162,7 +154,7 @@ def _runs(text: str) -> Iterator[Run]:
 
 
 def _may_be_short(token: str) -> bool:
-    return len(token) == 1 or token.lower() in _TITLES or token in ("St", "Jr", "Sr", "Mt")
+    return len(token) == 1 or token.lower() in cues("en_titles") or token in ("St", "Jr", "Sr", "Mt")
 
 
 def _closed(run: Run) -> Iterator[Run]:
@@ -177,7 +169,7 @@ def _kind(word: str) -> str:
     low = word.lower()
     if len(word) == 1:
         return "w" if word in "AI" else "i"
-    if low in _TITLES:
+    if low in cues("en_titles"):
         return "t"
     kind = _kinds().get(low)
     if kind:
@@ -210,18 +202,45 @@ def _read_run(text: str, run: Run, shouting: bool) -> Iterator[Span]:
 
 
 def _org_end(lows: list[str]) -> int | None:
-    return next((i for i in range(len(lows) - 1, -1, -1) if lows[i] in _ORG_ENDS and i > 0), None)
+    return next((i for i in range(len(lows) - 1, -1, -1) if lows[i] in cues("en_organisation_ends") and i > 0), None)
 
 
 def _org_start(text: str, run: Run, lows: list[str], end: int) -> int | None:
     """Where the organisation's own name begins, or None for one that has none: the National Bank."""
     first = 0
-    while first < end and (lows[first] in _ORG_GENERIC or lows[first] in _NOT_NAMES or _starts_sentence(text, run[first])):
-        if _kind(run[first].group()) in "l?f" and lows[first] not in _ORG_GENERIC:
+    while first < end and (
+        lows[first] in cues("en_organisation_generic")
+        or lows[first] in cues("en_no_names")
+        or _starts_sentence(text, run[first])
+    ):
+        if _kind(run[first].group()) in "l?f" and lows[first] not in cues("en_organisation_generic"):
             break
         first += 1
-    own = [low for low in lows[first:end] if low not in _ORG_GENERIC and low not in _ORG_ENDS]
-    strong = lows[end] in ("inc", "llc", "llp", "ltd", "limited", "corp", "corporation", "plc", "gmbh", "ag", "sons", "pty", "bv", "nv", "ohg", "mbh", "kg", "co")
+    own = [
+        low
+        for low in lows[first:end]
+        if low not in cues("en_organisation_generic") and low not in cues("en_organisation_ends")
+    ]
+    strong = lows[end] in (
+        "inc",
+        "llc",
+        "llp",
+        "ltd",
+        "limited",
+        "corp",
+        "corporation",
+        "plc",
+        "gmbh",
+        "ag",
+        "sons",
+        "pty",
+        "bv",
+        "nv",
+        "ohg",
+        "mbh",
+        "kg",
+        "co",
+    )
     named = [low for low in own if _kind(low) not in "wm"]
     return first if own and (strong or named) else None
 
@@ -265,7 +284,7 @@ def _names_in(text: str, run: Run, kinds: list[str], shouting: bool) -> Iterator
 
 
 def _is_particle(run: Run, i: int) -> bool:
-    return run[i].group() in _PARTICLES and i + 1 < len(run)
+    return run[i].group() in cues("en_particles") and i + 1 < len(run)
 
 
 def _score(text: str, stretch: Run, kinds: str, shouting: bool) -> float:
@@ -291,7 +310,7 @@ def _score(text: str, stretch: Run, kinds: str, shouting: bool) -> float:
         return 0.6 if kinds == "f" and strong else 0.2
     place = _IN.search(text[max(0, start - 14) : start]) is not None
     evidence += 0.14 * (place and kinds in "l?c")
-    evidence += 0.1 * (kinds == "?" and stretch[0].group().endswith(_TOWN_END))
+    evidence += 0.1 * (kinds == "?" and stretch[0].group().endswith(tuple(cues("en_town_ends"))))
     evidence += 0.3 * (_ORG_CUES.search(text[max(0, start - 24) : start]) is not None)
     evidence += 0.12 * ("-" in stretch[0].group() and kinds == "l")
     base = {"f": 0.55, "l": 0.42, "?": 0.38, "b": 0.15, "c": 0.5}.get(kinds, 0.0)
@@ -307,7 +326,7 @@ def _is_code(word: str, shouting: bool) -> bool:
 
 def _head_after(text: str, end: int) -> bool:
     follow = re.match(rf"(?:'s|s')?[ -]([{LETTER}]+)", text[end:])
-    return follow is not None and follow.group(1).lower() in _HEADS
+    return follow is not None and follow.group(1).lower() in cues("en_heads")
 
 
 def _without_s(word: re.Match[str]) -> int:
@@ -321,7 +340,8 @@ def _lower_names(text: str) -> Iterator[Span]:
         length, taken = 0, 0
         for part in parts:
             bare = part.rstrip(".")
-            if bare.lower() in _PARTICLES or (bare.islower() and _kind(bare) in "wmtb" and len(bare) > 1):
+            plain = "wmt" if taken else "wmtb"
+            if bare.lower() in cues("en_particles") or (bare.islower() and len(bare) > 1 and _kind(bare) in plain):
                 break
             length += len(part) + 1
             taken += len(bare) > 1
@@ -331,5 +351,9 @@ def _lower_names(text: str) -> Iterator[Span]:
     kinds = _kinds()
     pairs = list(_WORD.finditer(text)) if text.islower() else []
     for one, two in zip(pairs, pairs[1:], strict=False):
-        if text[one.end() : two.start()] == " " and kinds.get(one.group()) == "f" and kinds.get(two.group(), "?") in "l?f":
+        if (
+            text[one.end() : two.start()] == " "
+            and kinds.get(one.group()) == "f"
+            and kinds.get(two.group(), "?") in "l?f"
+        ):
             yield Span(one.start(), _without_s(two), "PERSON", 0.7)

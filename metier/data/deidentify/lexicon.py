@@ -5,6 +5,8 @@ from __future__ import annotations
 from functools import cache
 from importlib import resources
 
+import yaml
+
 
 @cache
 def words(name: str) -> tuple[str, ...]:
@@ -18,6 +20,15 @@ def words(name: str) -> tuple[str, ...]:
 def word_set(name: str) -> frozenset[str]:
     """The same as a set."""
     return frozenset(words(name))
+
+
+@cache
+def cues(name: str) -> frozenset[str]:
+    """A list of cues.yaml."""
+    lists: dict[str, str] = yaml.safe_load(
+        resources.files(__package__).joinpath("cues.yaml").read_text(encoding="utf-8")
+    )
+    return frozenset(lists[name].split())
 
 
 @cache

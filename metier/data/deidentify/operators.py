@@ -1,7 +1,7 @@
-"""What stands in the text instead of an identifier: one function for each operator, and the edit by spans, right to left.
+"""What stands in the text instead of an identifier: one rule for each operator, and the edit by spans, right to left.
 
-In go the text, its spans, the policy, and for keyed operators the key and the subject (a patient, a customer); out comes the new text.
-A value that an earlier pass made is left as it is; only `date_shift` would shift again.
+In go the text, its spans, the policy, and for keyed operators the key and the subject (a patient, a customer); out
+comes the new text. A value that an earlier pass made is left as it is; only `date_shift` would shift again.
 """
 
 from __future__ import annotations
@@ -12,15 +12,29 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 from metier.data.deidentify import surrogates
-from metier.data.deidentify.keys import keyed
 from metier.data.deidentify.policy import Policy
 from metier.data.deidentify.spans import Span, fold
 
 # The three-digit ZIP areas of 20,000 people or fewer, by the counts of 2000 and of 2010.
-SMALL_ZIP3 = set("036 059 063 102 203 205 369 556 692 753 772 790 821 823 830 831 878 879 884 890 893".split())
+SMALL_ZIP3 = frozenset(
+    (36, 59, 63, 102, 203, 205, 369, 556, 692, 753, 772, 790, 821, 823, 830, 831, 878, 879, 884, 890, 893)
+)
 MAX_SHIFT_DAYS = 365
-_MONTHS = "jan feb mar apr may jun jul aug sep oct nov dec".split()
-_MONTH_NAMES = "January February March April May June July August September October November December".split()
+_MONTHS = ["jan", "feb", "mar", "apr", "may", "jun", "jul", "aug", "sep", "oct", "nov", "dec"]
+_MONTH_NAMES = [
+    "January",
+    "February",
+    "March",
+    "April",
+    "May",
+    "June",
+    "July",
+    "August",
+    "September",
+    "October",
+    "November",
+    "December",
+]
 _YEAR = re.compile(r"(?<!\d)(?:1[89]|20)\d{2}(?!\d)|[一二][〇○零一二三四五六七八九]{3}(?=年)")
 _YMD = re.compile(r"(\d{4})(\D+)(\d{1,2})(\D+)(\d{1,2})(\D*)")
 _MDY = re.compile(r"(\d{1,2})([/.-])(\d{1,2})\2(\d{4})")
@@ -73,7 +87,18 @@ def _surrogate(value: str, entity_type: str, context: Context) -> str:
     if entity_type == "PERSON":
         whole = [name for name in context.names if name != value and value in re.split(r"[\s.]+", name)]
         return surrogates.person(value, context.key, whole[0] if len(whole) == 1 else None)
-    if entity_type in ("ORGANIZATION", "ADDRESS", "LOCATION", "NRP", "TITLE", "COUNTRY", "URL", "EMAIL_ADDRESS", "DATE", "AGE"):
+    if entity_type in (
+        "ORGANIZATION",
+        "ADDRESS",
+        "LOCATION",
+        "NRP",
+        "TITLE",
+        "COUNTRY",
+        "URL",
+        "EMAIL_ADDRESS",
+        "DATE",
+        "AGE",
+    ):
         return _label(entity_type)
     return value if surrogates.is_number(value, context.key) else surrogates.number(value, entity_type, context.key)
 
@@ -88,13 +113,13 @@ def _generalise(value: str, entity_type: str) -> str:
         age = int(value)
         return "90+" if age >= 90 else f"{age // 10 * 10}-{age // 10 * 10 + 9}"
     if entity_type == "ZIP_CODE" and re.fullmatch(r"\d{5}(?:-\d{4})?", value):
-        return "000" if value[:3] in SMALL_ZIP3 else value[:3]
+        return "000" if int(value[:3]) in SMALL_ZIP3 else value[:3]
     return _label(entity_type)
 
 
 def _shift(value: str, context: Context) -> str | None:
     """The date moved by the subject's number of days, written as it was; None for one that is not whole."""
-    number = int.from_bytes(keyed(context.key, "shift", context.subject)[:4], "big")
+    number = int.from_bytes(surrogates.keyed(context.key, "shift", context.subject)[:4], "big")
     days = datetime.timedelta(days=(number % MAX_SHIFT_DAYS + 1) * (1 if number & 1 << 31 else -1))
     try:
         return _shifted(value, days)

@@ -1,9 +1,9 @@
 """policies/NAME.yaml, or a file of one's own, -> Policy: which operator each type of identifier gets.
 
-    operators   type: operator. What is not named stays; `mask` stars, `label` [TYPE], `surrogate` a keyed stand-in, `date_shift` by a
-                keyed number of days per subject, `generalise` (year, 90+, ZIP3), `drop` nothing
-    age_from    ages below it are no identifiers
-    classes     what the law lists, each with what is done about it
+operators   type: operator. What is not named stays; `mask` stars, `label` [TYPE], `surrogate` a keyed stand-in,
+            `date_shift` by a keyed number of days per subject, `generalise` (year, 90+, ZIP3), `drop` nothing
+age_from    ages below it are no identifiers
+classes     what the law lists, each with what is done about it
 """
 
 from __future__ import annotations
@@ -20,11 +20,41 @@ from metier.errors import RecipeError, did_you_mean
 
 OPERATORS = ("mask", "label", "surrogate", "date_shift", "generalise", "drop")
 NONE = "none"
-TYPES = (
-    "PERSON TITLE ORGANIZATION NRP COUNTRY ADDRESS LOCATION ZIP_CODE DATE AGE PHONE_NUMBER FAX_NUMBER EMAIL_ADDRESS URL IP_ADDRESS SOCIAL_ACCOUNT "
-    "CN_ID_CARD CN_PERMIT CN_USCC US_SSN PASSPORT SOCIAL_SECURITY MEDICAL_RECORD HEALTH_PLAN LICENSE CREDIT_CARD BANK_ACCOUNT IBAN_CODE VEHICLE DEVICE "
-    "STUDENT_ID EMPLOYEE_ID UNIQUE_ID"
-).split()
+TYPES = [
+    "PERSON",
+    "TITLE",
+    "ORGANIZATION",
+    "NRP",
+    "COUNTRY",
+    "ADDRESS",
+    "LOCATION",
+    "ZIP_CODE",
+    "DATE",
+    "AGE",
+    "PHONE_NUMBER",
+    "FAX_NUMBER",
+    "EMAIL_ADDRESS",
+    "URL",
+    "IP_ADDRESS",
+    "SOCIAL_ACCOUNT",
+    "CN_ID_CARD",
+    "CN_PERMIT",
+    "CN_USCC",
+    "US_SSN",
+    "PASSPORT",
+    "SOCIAL_SECURITY",
+    "MEDICAL_RECORD",
+    "HEALTH_PLAN",
+    "LICENSE",
+    "CREDIT_CARD",
+    "BANK_ACCOUNT",
+    "IBAN_CODE",
+    "VEHICLE",
+    "DEVICE",
+    "STUDENT_ID",
+    "EMPLOYEE_ID",
+    "UNIQUE_ID",
+]
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,20 +91,28 @@ def load_policy(name: str, operators: dict[str, str] | None = None) -> Policy:
     except yaml.YAMLError:
         values = None
     if not isinstance(values, dict) or not isinstance(values.get("operators"), dict):
-        raise RecipeError(f"`{name}` is no privacy policy", hint="it needs `operators:` with lines such as `PERSON: label`")
+        raise RecipeError(
+            f"`{name}` is no privacy policy", hint="it needs `operators:` with lines such as `PERSON: label`"
+        )
     chosen = values["operators"] | (operators or {})
     for entity_type, operator in chosen.items():
         _check(entity_type, operator)
     return Policy(
-        name if name in policy_names() else Path(name).stem, chosen, int(values.get("age_from", 0)), str(values.get("law", "")),
-        tuple(values.get("classes", ())), text,
-    )  # fmt: skip
+        name=name if name in policy_names() else Path(name).stem,
+        operators=chosen,
+        age_from=int(values.get("age_from", 0)),
+        law=str(values.get("law", "")),
+        classes=tuple(values.get("classes", ())),
+        text=text,
+    )
 
 
 def _check(entity_type: Any, operator: Any) -> None:
     if entity_type not in TYPES:
         hint = f"the types are {', '.join(TYPES)}"
-        raise RecipeError(f"privacy: there is no type `{entity_type}`{did_you_mean(str(entity_type), TYPES)}", hint=hint)
+        raise RecipeError(
+            f"privacy: there is no type `{entity_type}`{did_you_mean(str(entity_type), TYPES)}", hint=hint
+        )
     if operator not in (*OPERATORS, "keep"):
         near = did_you_mean(str(operator), list(OPERATORS))
         raise RecipeError(

@@ -3,8 +3,8 @@
     metier.deidentify(["患者王小明,电话13800138000"], policy="pipl")
     -> [("患者[PERSON],电话[PHONE_NUMBER]", [Span(2, 5, "PERSON", 0.9), Span(8, 19, "PHONE_NUMBER", 0.9)])]
 
-Limits: rules find what has a form, a cue or a place in a list; what remains is measured (residual.py), not promised. The output
-is de-identified or pseudonymised, no more than that: whoever knows the people may still recognise them.
+Limits: rules find what has a form, a cue or a place in a list; what remains is measured (residual.py), not promised.
+The output is de-identified or pseudonymised, no more than that: whoever knows the people may still recognise them.
 """
 
 from __future__ import annotations
@@ -13,11 +13,11 @@ from collections.abc import Sequence
 
 from metier.data.deidentify import surrogates
 from metier.data.deidentify.detect import detect_together
-from metier.data.deidentify.keys import load_key
 from metier.data.deidentify.operators import Context, full_names, replace
 from metier.data.deidentify.policy import Policy, load_policy
 from metier.data.deidentify.spans import Span, fold
 from metier.errors import RecipeError
+from metier.keys import load_key
 
 LANGUAGES = ("auto", "zh", "en")
 
@@ -27,9 +27,9 @@ def deidentify(
 ) -> list[tuple[str, list[Span]]]:
     """Each text without the identifiers that `policy` names, and the spans (in the input) that were replaced.
 
-    `policy` is hipaa-safe-harbor, gdpr-pseudonymised, pipl, `none` (finds nothing, changes nothing) or the path of a YAML
-    file; `language` zh, en or auto. Offsets count code points of the input. Raises `RecipeError` for another policy or language, `RunError` where
-    a policy needs the key and it cannot be read.
+    `policy` is hipaa-safe-harbor, gdpr-pseudonymised, pipl, `none` (finds nothing, changes nothing) or the path of a
+    YAML file; `language` is zh, en or auto. Offsets count code points of the input. Raises `RecipeError` for another
+    policy or language, `RunError` where a policy needs the key and it cannot be read.
     """
     if isinstance(texts, str):
         raise RecipeError("deidentify takes a list of texts, not one text", hint='deidentify(["..."])')
@@ -53,7 +53,9 @@ def rewrite(
     found = [
         _without_own(text, spans, key) if policy.needs_key else spans for text, spans in zip(texts, found, strict=True)
     ]
-    values = (t[s.start : s.end] for t, spans in zip(texts, found, strict=True) for s in spans if s.entity_type == "PERSON")
+    values = (
+        t[s.start : s.end] for t, spans in zip(texts, found, strict=True) for s in spans if s.entity_type == "PERSON"
+    )
     context = Context(key, subject, full_names(values))
     return [(replace(text, spans, policy, context), spans) for text, spans in zip(texts, found, strict=True)]
 

@@ -1,7 +1,7 @@
 """Spans, the rule for overlapping ones, and text folded so that every offset leads back to the input.
 
-Folding makes full-width characters, other scripts' digits, odd spaces and dashes plain, one code point to one, and leaves
-out zero-width characters; a map of offsets exists only where something was left out.
+Folding makes full-width characters, other scripts' digits, odd spaces and dashes plain, one code point to one, and
+leaves out zero-width characters; a map of offsets exists only where something was left out.
 """
 
 from __future__ import annotations
@@ -24,7 +24,9 @@ class Span:
 
 
 # Zero-width and bidirectional marks, soft hyphens, variation selectors.
-_INVISIBLE = re.compile("[\u00ad\u034f\u061c\u180e\u200b-\u200f\u202a-\u202e\u2060-\u2064\u2066-\u206f\ufe00-\ufe0f\ufeff]")
+_INVISIBLE = re.compile(
+    "[\u00ad\u034f\u061c\u180e\u200b-\u200f\u202a-\u202e\u2060-\u2064\u2066-\u206f\ufe00-\ufe0f\ufeff]"
+)
 
 
 @cache
@@ -60,8 +62,8 @@ def unfold(spans: Iterable[Span], offsets: list[int] | None) -> list[Span]:
 def resolve(spans: Iterable[Span]) -> list[Span]:
     """Spans without overlap, in order. The higher score wins, then the longer span, then the earlier one.
 
-    What sticks out of a beaten span by two characters or more keeps its own type: no part of an identifier is left in the
-    open.
+    What sticks out of a beaten span by two characters or more keeps its own type: no part of an identifier is left in
+    the open.
     """
     kept: list[Span] = []
     for span in sorted(set(spans), key=lambda s: (-s.score, s.start - s.end, s.start, s.entity_type)):

@@ -1,34 +1,58 @@
 """Keyed stand-ins: the same value gets the same one, of the same form, and metier knows its own again.
 
-Names come from invented lists (张明甲, Robin Aldermoor); numbers keep their separators, letters and first digits, and fail the
-check digit on purpose. A part of each is an HMAC of the rest, so that a second pass leaves surrogates alone; by chance
-a real number looks like one once in 10,000, a real Chinese name that ends in 甲 to 癸 once in ten.
+Names come from invented lists (张明甲, Robin Aldermoor); numbers keep their separators, letters and first digits, and
+fail the check digit on purpose. A part of each is an HMAC of the rest, so that a second pass leaves stand-ins alone; by
+chance a real number looks like one once in 10,000, a real Chinese name that ends in 甲 to 癸 once in ten.
 """
 
 from __future__ import annotations
 
+import hashlib
+import hmac
 import re
 from collections.abc import Sequence
+from functools import cache
 
 from metier.data.deidentify.checksums import CHECKS, is_valid
-from metier.data.deidentify.keys import keyed
+from metier.data.deidentify.lexicon import cues
 from metier.data.deidentify.spans import fold
 
 STEMS = "甲乙丙丁戊己庚辛壬癸"
 SURNAMES = "王李张刘陈杨赵黄周吴徐孙胡朱高林何郭马罗梁宋郑谢韩唐冯于董萧程曹袁邓许傅沈曾彭吕"
 MIDDLES = "明文建志国海永光安平清华春秋云山江天思亦可如以之小大子少元世兴正学景德立雨晓"
-FIRST = (
-    "Alex Robin Casey Jamie Taylor Morgan Jordan Avery Riley Quinn Rowan Sage Skyler Emery Finley Harper Hayden Kendall Logan Marlow Noel Parker "
-    "Peyton Reese Remy Sasha Shay Sidney Tatum Toby Val Wren Ari Blair Cameron Dakota Eden Ellis Frankie"
-).split()
-_HEADS = "Alder Bracken Calder Dunmor Elder Fenwick Garran Hazel Iver Jarrow Keld Lorring Marrow Nether Osmer Penhal Quarl Raven Selwick Thorn Ulver Varrow Wexing Yarrow Zell".split()
-_TAILS = "moor well croft mere holt stead wick thorpe brook dell fell garth".split()
-LAST = [head + tail for head in _HEADS for tail in _TAILS]
-_NAMES = re.compile(rf"[{SURNAMES}][{MIDDLES}][{STEMS}]|(?:(?:{'|'.join(FIRST)}) )?(?:{'|'.join(_HEADS)})(?:{'|'.join(_TAILS)})\b")
 # Digits or letters at the start that say what kind of number it is, not whose.
-_KEPT = {"PHONE_NUMBER": 3, "FAX_NUMBER": 3, "CREDIT_CARD": 4, "CN_ID_CARD": 2, "IBAN_CODE": 2, "CN_USCC": 2, "VEHICLE": 2}
+_KEPT = {
+    "PHONE_NUMBER": 3,
+    "FAX_NUMBER": 3,
+    "CREDIT_CARD": 4,
+    "CN_ID_CARD": 2,
+    "IBAN_CODE": 2,
+    "CN_USCC": 2,
+    "VEHICLE": 2,
+}
 _CHECKED = {"CREDIT_CARD": "card", "CN_ID_CARD": "id_card", "CN_USCC": "uscc", "IBAN_CODE": "iban", "VEHICLE": "vin"}
 TAG = 4
+
+
+@cache
+def _latin() -> tuple[list[str], list[str]]:
+    """First names, and last names that nobody has."""
+    heads, tails = sorted(cues("surrogate_heads")), sorted(cues("surrogate_tails"))
+    return sorted(cues("surrogate_first")), [head + tail for head in heads for tail in tails]
+
+
+@cache
+def _names() -> re.Pattern[str]:
+    firsts, lasts = _latin()
+    return re.compile(
+        rf"[{SURNAMES}][{MIDDLES}][{STEMS}]|(?:(?:{'|'.join(firsts)}) )?(?:{'|'.join(lasts)})(?![A-Za-z])"
+    )
+
+
+def keyed(key: bytes, *parts: str) -> bytes:
+    """HMAC-SHA256 of the parts; no two lists of parts give the same input."""
+    message = b"".join(len(part.encode()).to_bytes(4, "big") + part.encode() for part in ("stand-in", *parts))
+    return hmac.new(key, message, hashlib.sha256).digest()
 
 
 def person(value: str, key: bytes, whole: str | None = None) -> str:
@@ -40,7 +64,8 @@ def person(value: str, key: bytes, whole: str | None = None) -> str:
     if han:
         name = SURNAMES[seed[0] % len(SURNAMES)] + MIDDLES[seed[1] % len(MIDDLES)]
         return name + STEMS[keyed(key, "stem", name)[0] % len(STEMS)]
-    first, last = FIRST[seed[0] % len(FIRST)], LAST[int.from_bytes(seed[1:3], "big") % len(LAST)]
+    firsts, lasts = _latin()
+    first, last = firsts[seed[0] % len(firsts)], lasts[int.from_bytes(seed[1:3], "big") % len(lasts)]
     return f"{first} {last}" if " " in value else last
 
 
@@ -73,7 +98,7 @@ def is_number(value: str, key: bytes) -> bool:
 def own_names(text: str, key: bytes) -> list[tuple[int, int]]:
     """Where stand-ins for names are in `text`."""
     found = []
-    for match in _NAMES.finditer(text):
+    for match in _names().finditer(text):
         name = match.group()
         if name[-1] not in STEMS or STEMS[keyed(key, "stem", name[:2])[0] % len(STEMS)] == name[-1]:
             found.append(match.span())
@@ -123,7 +148,7 @@ def _sign(chars: list[str], key: bytes) -> bool:
 
 
 def _like(text: Sequence[str], place: int, byte: int) -> str:
-    """Another character of the same kind. X stays, for it ends identity numbers, and so does what a group may begin with."""
+    """Another character of the same kind. X stays: it ends identity numbers. What may begin a group still may."""
     char = text[place]
     if char in "Xx" or (char in "01" and _starts_group(text, place)):
         return char
