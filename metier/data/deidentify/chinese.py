@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
+from dataclasses import dataclass
 from functools import cache
 from importlib import resources
 
@@ -82,33 +83,41 @@ def find_chinese_names(text: str) -> tuple[list[Span], list[tuple[int, int]], li
     return [*_dotted(text), *_names(text, tagged, protected)], protected, tagged
 
 
+@dataclass(frozen=True, slots=True)
+class Cuts:
+    """Where a dictionary cuts a text: for each character its word, and where words start."""
+
+    word_at: list[WordAt]
+    starts: frozenset[int]
+
+
+def candidates(text: str, tagged: list[Token]) -> Iterator[tuple[int, int, int, Cuts]]:
+    """Every place where a name may be: start, length of the surname, characters after it (0: a title follows)."""
+    cuts, titles = _cuts(tagged), cues("zh_titles")
+    for start in range(len(text) - 1):
+        size = 2 if text[start : start + 2] in _compound() else 1 if text[start] in _surnames() else 0
+        for given in (0, 1, 2) if size else ():
+            rest = text[start + size : start + size + given]
+            is_han = len(rest) == given and all("\u4e00" <= char <= "\u9fff" for char in rest)
+            if is_han and rest not in titles:
+                yield start, size, given, cuts
+
+
 def _names(text: str, tagged: list[Token], protected: list[tuple[int, int]]) -> Iterator[Span]:
-    word_at, starts = _cuts(tagged)
     blocked = {i for start, end in protected for i in range(start, end)}
-    surnames, compound = _surnames(), _compound()
-    position = 0
-    while position < len(text) - 1:
-        char = text[position]
-        size = 2 if text[position : position + 2] in compound else 1 if char in surnames else 0
-        if not size or position in blocked:
-            position += 1
-            continue
-        best = max(
-            (_points(text, position, size, given, word_at, starts), given)
-            for given in (0, 1, 2)
-            if position + size + given <= len(text)
-        )
-        points, given = best
-        end = position + size + given
-        if points >= MIN_POINTS and not blocked.intersection(range(position, end)):
-            yield Span(position, end, "PERSON", min(0.55 + points / 20, 0.94))
-            position = end
-        else:
-            position += 1
+    best: dict[int, tuple[float, int]] = {}
+    for start, size, given, cuts in candidates(text, tagged):
+        if not blocked or not blocked.intersection(range(start, start + size + given)):
+            points = _points(text, start, size, given, cuts)
+            best[start] = max(best.get(start, (MIN_POINTS, 0)), (points, start + size + given))
+    last = 0
+    for start, (points, end) in best.items():
+        if points > MIN_POINTS and start >= last:
+            yield Span(start, end, "PERSON", min(0.55 + max(points, 0) / 20, 0.94))
+            last = end
 
 
-def _cuts(tagged: list[Token]) -> tuple[list[WordAt], set[int]]:
-    """For each character the start, text and part of speech of its word; and all starts."""
+def _cuts(tagged: list[Token]) -> Cuts:
     word_at: list[WordAt] = []
     starts = set()
     for word, tag in tagged:
@@ -116,57 +125,53 @@ def _cuts(tagged: list[Token]) -> tuple[list[WordAt], set[int]]:
         starts.add(start)
         word_at += [(start, word, tag)] * len(word)
     starts.add(len(word_at))
-    return word_at, starts
+    return Cuts(word_at, frozenset(starts))
 
 
-def _points(text: str, start: int, size: int, given: int, word_at: list[WordAt], starts: set[int]) -> float:
+def _points(text: str, start: int, size: int, given: int, cuts: Cuts) -> float:
     """How much speaks for the name of `size` surname and `given` further characters at `start`: log odds."""
     if given == 0:
-        return _title_points(text, start, size, word_at)
-    rest = text[start + size : start + size + given]
-    if not all("\u4e00" <= char <= "\u9fff" for char in rest) or any(
-        rest.startswith(title) for title in cues("zh_titles") if len(title) > 1
-    ):
-        return -9.0
+        return _title_points(text, start, size, cuts.word_at)
     weights = _weights()
-    return sum(weights.get(mark, 0.0) for mark in _marks(text, start, size, given, word_at, starts))
+    return sum(weights.get(mark, 0.0) for mark in marks(text, start, size, given, cuts))
 
 
-def _marks(text: str, start: int, size: int, given: int, word_at: list[WordAt], starts: set[int]) -> list[str]:
-    """What is seen of a candidate; each mark has its weight."""
+def marks(text: str, start: int, size: int, given: int, cuts: Cuts) -> list[str]:
+    """What is seen of a candidate; each mark has its weight in zh_name_weights.yaml."""
     end = start + size + given
-    surname = "double" if size == 2 else "word" if text[start] in _rare() else "single"
+    grammar = text[start] in cues("zh_grammar_surnames")
+    surname = "double" if size == 2 else "grammar" if grammar else "word" if text[start] in _rare() else "single"
     known = sum(char in _given() for char in text[start + size : end])
-    marks = ["bias", f"surname {surname}", f"given {known} of {given}", f"left {_left(text, start, word_at)}"]
-    marks.append(f"right {_right(text, end, word_at)}")
+    found = ["bias", f"surname {surname}", f"given {known} of {given}", f"left {_left(text, start, cuts.word_at)}"]
+    found.append(f"right {_right(text, end, cuts.word_at)}")
     if text[start:end] in word_set("zh_words"):
-        marks.append("is a word")
+        found.append("is a word")
     if size == 1 and text[start : start + 2] in word_set("zh_terms"):
-        marks.append("begins with a term")
-    return marks + _cut_marks(start, end, size, word_at, starts)
+        found.append("begins with a term")
+    return found + _cut_marks(start, end, size, cuts)
 
 
-def _cut_marks(start: int, end: int, size: int, word_at: list[WordAt], starts: set[int]) -> list[str]:
+def _cut_marks(start: int, end: int, size: int, cuts: Cuts) -> list[str]:
     """Where the dictionary cuts the text around the name, and what it sees in it."""
-    first_start, first, tag = word_at[start]
-    last_start, last, last_tag = word_at[end - 1]
+    first_start, first, tag = cuts.word_at[start]
+    last_start, last, last_tag = cuts.word_at[end - 1]
     kind = "name" if tag.startswith("nr") else "other" if tag in ("x", "eng") else "word"
     if first_start == start and len(first) == end - start:
         return [f"cut exact {kind}"]
-    marks = []
+    found = []
     if first_start < start:
-        marks.append("cut before " + ("name" if tag.startswith("nr") else "word"))
+        found.append("cut before " + ("name" if tag.startswith("nr") else "word"))
     elif len(first) == 2 and size == 1:
-        marks.append(f"cut head {kind}")
+        found.append(f"cut head {kind}")
     elif len(first) > end - start:
         return [f"cut over {kind}"]
     if last_start + len(last) > end:
-        marks.append("cut after " + ("name" if last_tag.startswith("nr") else "word"))
+        found.append("cut after " + ("name" if last_tag.startswith("nr") else "word"))
     elif last_start == start + size and len(last) == 2:
-        marks.append("cut rest " + ("name" if last_tag.startswith("nr") else "word"))
-    if start in starts and end in starts:
-        marks.append("cut fits")
-    return marks
+        found.append("cut rest " + ("name" if last_tag.startswith("nr") else "word"))
+    if start in cuts.starts and end in cuts.starts:
+        found.append("cut fits")
+    return found
 
 
 def _title_points(text: str, start: int, size: int, word_at: list[WordAt]) -> float:
