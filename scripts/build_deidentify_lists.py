@@ -45,6 +45,7 @@ def main(folder: Path, medquad: Path) -> None:
     _write("en_both", sorted(word for word in both if word not in usual or seen[word] > 1))
     _write("en_cities", sorted(cities - set(words[:3000])))
     _write("en_countries", sorted({country["name"] for country in countries}))
+    _write("en_eponyms", sorted(_eponyms(medquad) - set(words)))
     _write("en_medical", sorted(_medical(medquad) - people - set(words)))
 
 
@@ -93,6 +94,7 @@ def _cities(folder: Path) -> set[str]:
 
 
 def _medical(medquad: Path) -> set[str]:
+    """Words of every second record that stand in lower case, or twice capitalised inside a sentence."""
     counts: Counter[str] = Counter()
     with gzip.open(medquad, "rt", encoding="utf-8") as file:
         for number, line in enumerate(file):
@@ -100,7 +102,20 @@ def _medical(medquad: Path) -> set[str]:
                 record = json.loads(line)
                 text = " ".join(str(value) for value in record.values())
                 counts.update(word.lower() for word in re.findall(r"(?<=[a-z,;(] )[A-Z][a-zà-ÿ]{2,}", text))
+                counts.update(2 * re.findall(r"(?<![\w/.@-])[a-zà-ÿ]{4,}(?![\w/@])", text))
     return {word for word, count in counts.items() if count >= MIN_MEDICAL_COUNT}
+
+
+def _eponyms(medquad: Path) -> set[str]:
+    """Words that stand right before `disease`, `syndrome` and the like in every second record: Paget, Weyers."""
+    found: set[str] = set()
+    with gzip.open(medquad, "rt", encoding="utf-8") as file:
+        for number, line in enumerate(file):
+            if number % 2 == 0:
+                before = r"((?:[A-Z][a-zà-ÿ]+[- ])*[A-Z][a-zà-ÿ]{2,})(?:'s)?[ -](?:[a-z]+ )?"
+                before += "(?:syndrome|disease|sign|dystrophy|anemia)"
+                found.update(word.lower() for run in re.findall(before, line) for word in re.split("[- ]", run))
+    return found
 
 
 def _write(name: str, words: list[str]) -> None:

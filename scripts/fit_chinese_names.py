@@ -15,10 +15,11 @@ import random
 import re
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import yaml
-from scipy.sparse import csr_matrix
+from scipy.sparse import csr_matrix  # type: ignore[import-untyped]
 from sklearn.linear_model import LogisticRegression
 
 from metier.data.deidentify import chinese
@@ -56,9 +57,10 @@ def main() -> None:
     matrix = csr_matrix((np.ones(len(columns)), columns, ends), shape=(len(marks), len(names)))
     fitted = LogisticRegression(C=0.3, max_iter=2000).fit(matrix, is_name, sample_weight=weight)
     odds = fitted.decision_function(matrix)
-    truth = np.array(is_name)
-    print(f"{len(marks):,} candidates, {truth.sum():,} names; found {(odds[truth] > chinese.MIN_POINTS).mean():.4f}")
-    print(f"wrongly {(odds[~truth] > chinese.MIN_POINTS).sum():,}")
+    names_are = np.array(is_name)
+    found_share = (odds[names_are] > chinese.MIN_POINTS).mean()
+    print(f"{len(marks):,} candidates, {names_are.sum():,} names; found {found_share:.4f}")
+    print(f"wrongly {(odds[~names_are] > chinese.MIN_POINTS).sum():,}")
     weights = {mark: round(float(value), 1) for mark, value in zip(names, fitted.coef_[0], strict=True)}
     weights["bias"] = round(float(fitted.intercept_[0] + fitted.coef_[0][index["bias"]]), 1)
     head = "# Log odds that a candidate is a name, mark by mark. Written by scripts/fit_chinese_names.py.\n"
@@ -83,21 +85,21 @@ def _candidates(text: str, spans: tuple[tuple[int, int, str], ...]) -> list[tupl
     return out
 
 
-def _renamed(record: object, rng: random.Random, planted: type, rare: str) -> object:
+def _renamed(record: Any, rng: random.Random, planted: Any, rare: str) -> Any:
     """In half of the records: the names replaced by a surname and given characters drawn at random, 5 % from `rare`."""
     if rng.random() < 0.5:
         return record
     text, spans, last = "", [], 0
-    for start, end, kind in record.spans:  # type: ignore[attr-defined]
-        value = record.text[start:end]  # type: ignore[attr-defined]
+    for start, end, kind in record.spans:
+        value = record.text[start:end]
         if kind == "PERSON" and len(value) > 1 and "·" not in value:
             surnames = words("zh_surnames")[: 200 if rng.random() < 0.8 else None]
             pools = (words("zh_given")[0] if rng.random() < 0.95 else rare for _ in range(rng.choice((1, 2, 2))))
             value = rng.choice(surnames) + "".join(rng.choice(pool) for pool in pools)
-        text += record.text[last:start]  # type: ignore[attr-defined]
+        text += record.text[last:start]
         spans.append((len(text), len(text) + len(value), kind))
         text, last = text + value, end
-    return planted(text + record.text[last:], tuple(spans), record.negative)  # type: ignore[attr-defined]
+    return planted(text + record.text[last:], tuple(spans), record.negative)
 
 
 def _write_words(laws: list[str]) -> None:

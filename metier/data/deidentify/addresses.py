@@ -38,26 +38,28 @@ _CUE_END = re.compile(
 )
 
 
-def _either(name: str, *without: str) -> str:
+def _either(name: str) -> str:
     """The words of a list as alternatives; the first words of streets may have a full stop."""
     dot = r"\.?" if name == "en_street_heads" else ""
-    return "|".join(re.escape(word) + dot for word in sorted(cues(name)) if word not in without)
+    return "|".join(re.escape(word) + dot for word in sorted(cues(name)))
 
 
 @cache
 def _streets() -> re.Pattern[str]:
     ends, glued, heads = (_either(name) for name in ("en_street_ends", "en_street_glued", "en_street_heads"))
-    longer = _either("en_street_glued", "str")
     return re.compile(
         rf"(?<![0-9{_L}])(?:{_NUMBER},? (?:{_DIRECTION} )?(?:(?:{_CAP}|\d+(?:st|nd|rd|"
         rf"th)) ){{1,4}}(?:{ends})s?\b\.?(?: {_DIRECTION}\b)?"
         rf"|{_NUMBER},? (?:{heads}) (?:[{_L}'.-]+ ?){{1,5}}(?<! )"
         rf"|(?:{heads}) (?:[{_L}'.-]+ ){{1,5}}?(?:,? ?n?\.? ?)?\d{{1,5}}(?:[/-][A-Za-z0-9]{{1,3}}|[A-Za-z])?\b"
-        rf"|(?:{_CAP} ){{0,3}}(?:{_CAP}[ -]?)?[{_L}]{{2,}}(?:{glued})\b\.? \d{{1,5}}(?: ?[a-zA-Z]\b|[/-]\d+)?"
+        rf"|(?:{_CAP} ){{0,3}}(?:{_CAP}[ -]?)?[{_L}]*(?:{glued})\b\.? \d{{1,5}}(?: ?[a-zA-Z]\b|[/-]\d+)?"
+        rf"|(?:{_CAP} ){{0,3}}{_CAP} \d{{1,4}}(?:[a-zA-Z]|[/-]\d+)?\.?"
+        rf"(?=,? ?\n? ?(?:[A-Z]{{1,3}}-)?\d{{2,5}}[- ]?\d{{0,3}} ?[A-Z])"
+        rf"|(?:{_NUMBER}),? (?:{_CAP}[ ,]+){{1,3}}(?=\d{{3,6}}\b)"
         rf"|(?:USS|USNS|USNV|USCGC|USNV|CMR) {_CAP}"
         rf"|(?i:P\.? ?O\.? ?Box|Postfach|Apartado|PSC|Unit) ?#?\d{{1,6}}(?:,? Box \d+)?"
         rf"|(?:{_CAP} ){{1,3}}(?:Street|Avenue|Road|Boulevard|Lane|Drive|Terrace|Crescent|Parkway)\b(?!\.\w)"
-        rf"|(?:{_CAP} )?[{_L}]{{3,}}(?:{longer})\b(?= |,|\.|$)(?!-)"
+        rf"|(?:{_CAP} )?{_CAP}(?:straße|strasse|gasse|straat|laan|gatan|vägen|gade|vej|katu|utca)\b(?!-)"
         rf"|(?:Suite|Apt\.?|Apartment) \d{{1,5}}[A-Z]?\b){_UNIT}?"
     )
 

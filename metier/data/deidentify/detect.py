@@ -58,11 +58,15 @@ def _candidates(text: str, language: str) -> tuple[list[Span], list[tuple[int, i
         spans += [s for s in found if s.score >= 0.9 or not _touches(s, terms)]
     if en and has_latin:
         found, terms = find_english(text)
-        spans += [s for s in found if s.score >= 0.9 or s.entity_type not in NAMED or not _touches(s, terms)]
+        spans += [s for s in found if s.score >= 0.9 or s.entity_type not in NAMED or not _inside(s, terms)]
         spans += find_addresses(text)
     if "[" in text:
         protected += [match.span() for match in LABEL.finditer(text)]
     return [s for s in spans if s.score >= MIN_SCORE], protected
+
+
+def _inside(span: Span, ranges: list[tuple[int, int]]) -> bool:
+    return any(start <= span.start and span.end <= end for start, end in ranges)
 
 
 def _touches(span: Span, ranges: list[tuple[int, int]]) -> bool:
@@ -78,7 +82,11 @@ def _sure_names(text: str, spans: list[Span]) -> set[str]:
             if _HAN.match(value):
                 names |= {value} if len(value) > 1 else set()
             else:
-                names |= {part for part in re.split(r"[\s.]+", value) if len(part) > 2 and part[0].isupper()}
+                names |= {
+                    part
+                    for part in re.split(r"[\s.]+", value)
+                    if len(part) > 2 and part[0].isupper() and not part.isupper()
+                }
     return names
 
 

@@ -16,7 +16,7 @@ from metier.data.deidentify.spans import Span
 
 LETTER = "A-Za-z\u00c0-\u024f"
 _WORD = re.compile(rf"(?<![0-9{LETTER}])[{LETTER}]+(?:['-][{LETTER}]+)*(?![0-9{LETTER}])")
-_ORG_MORE = re.compile(r"(?:\.?,? ?(?:& )?(?:Co|KGaA|KG|OHG|mbH|Inc|Ltd|LLC|LLP|S\.?A|AG)\b\.?)+")
+_ORG_MORE = re.compile(r"(?:\.?,? ?(?:& )?(?:Co|KGaA|KG|OHG|OG|GesbR|mbH|Inc|Ltd|LLC|LLP|S\.?A|AG)\b\.?)+")
 # Smith, Jones and Brown; Smith-Jones is read as a name.
 _FIRM = re.compile(rf"[A-Z][{LETTER}'-]+(?:, [A-Z][{LETTER}'-]+)+,? (?:and|&) [A-Z][{LETTER}'-]+")
 _ORG_CUES = re.compile(
@@ -73,9 +73,19 @@ def _kinds() -> dict[str, str]:
     kinds |= dict.fromkeys(words("en_last"), "l")
     kinds |= dict.fromkeys(words("en_first"), "f")
     kinds |= dict.fromkeys(words("en_both"), "b")
-    kinds |= dict.fromkeys((w.lower() for name in words("en_countries") for w in name.split()), "w")
-    kinds |= dict.fromkeys((word for n in words("en_nationalities") for word in n.lower().split()), "w")
+    kinds |= {w: "b" for w in words("en_eponyms") if kinds.get(w, "?") in "l?"}
+    nations = [
+        name.lower()
+        for name in (*words("en_countries"), *words("en_nationalities"))
+        if " " not in name and len(name) > 4
+    ]
+    kinds |= dict.fromkeys((name for name in nations if kinds.get(name) != "f"), "w")
     return kinds | dict.fromkeys(cues("en_no_names"), "w")
+
+
+@cache
+def _word_ends() -> tuple[str, ...]:
+    return tuple(sorted(cues("en_word_ends")))
 
 
 @cache
@@ -172,21 +182,34 @@ def _kind(word: str) -> str:
     if low in cues("en_titles"):
         return "t"
     kind = _kinds().get(low)
+    if word.isupper():
+        return "b" if kind in ("f", "l", "b") else "w"
     if kind:
         return kind
+    if re.search("[a-z][A-Z]", word) and not re.match("Mc|Mac|De|Di|La|Le|Van|Von|O'|D'|Fitz", word):
+        return "w"  # MedlinePlus, IgM
     if low.endswith("'s"):
         return _kind(word[:-2])
+    if low.endswith(_word_ends()):
+        return "w"
     if "-" in word:
         parts = [_kind(part) for part in word.split("-") if part]
-        return "l" if "l" in parts or "f" in parts else "w" if "w" in parts or "m" in parts else "?"
+        return "w" if "w" in parts or "m" in parts else "l" if "l" in parts or "f" in parts else "?"
     for suffix in ("s", "es", "ing", "ed", "ly", "er", "ers"):
         if low.endswith(suffix) and _kinds().get(low[: -len(suffix)]) in ("w", "m"):
             return "w"
     return "?"
 
 
+def _kind_in(text: str, word: re.Match[str], shouting: bool) -> str:
+    token = word.group()
+    if len(token) == 1 and text[word.end() : word.end() + 1] == ".":
+        return "i"
+    return _kind(token.title() if shouting else token)
+
+
 def _read_run(text: str, run: Run, shouting: bool) -> Iterator[Span]:
-    kinds = ["i" if len(w.group()) == 1 and text[w.end() : w.end() + 1] == "." else _kind(w.group()) for w in run]
+    kinds = [_kind_in(text, word, shouting) for word in run]
     lows = [word.group().lower() for word in run]
     end = _org_end(lows)
     if end is not None:
@@ -313,7 +336,7 @@ def _score(text: str, stretch: Run, kinds: str, shouting: bool) -> float:
     evidence += 0.1 * (kinds == "?" and stretch[0].group().endswith(tuple(cues("en_town_ends"))))
     evidence += 0.3 * (_ORG_CUES.search(text[max(0, start - 24) : start]) is not None)
     evidence += 0.12 * ("-" in stretch[0].group() and kinds == "l")
-    base = {"f": 0.55, "l": 0.42, "?": 0.38, "b": 0.15, "c": 0.5}.get(kinds, 0.0)
+    base = {"f": 0.55, "l": 0.42, "?": 0.46, "b": 0.15, "c": 0.5}.get(kinds, 0.0)
     if _starts_sentence(text, stretch[0]) and not strong:
         base -= 0.12
     return min(base + evidence + (0.05 if kinds in "l?" and not _starts_sentence(text, stretch[0]) else 0), 0.9)
@@ -341,7 +364,11 @@ def _lower_names(text: str) -> Iterator[Span]:
         for part in parts:
             bare = part.rstrip(".")
             plain = "wmt" if taken else "wmtb"
-            if bare.lower() in cues("en_particles") or (bare.islower() and len(bare) > 1 and _kind(bare) in plain):
+            if (
+                bare in ("a", "i")
+                or bare.lower() in cues("en_particles")
+                or (bare.islower() and len(bare) > 1 and _kind(bare) in plain)
+            ):
                 break
             length += len(part) + 1
             taken += len(bare) > 1
