@@ -77,10 +77,9 @@ def presidio() -> Detector:
 
 def rampart() -> Detector:
     """metier's rules and the Rampart weights together."""
-    from metier.data.deidentify.rampart import Rampart
+    from metier.data.deidentify.detect import detect
 
-    model = Rampart()
-    return lambda text: [(s.start, s.end, s.entity_type) for s in model.detect(text)]
+    return lambda text: [(s.start, s.end, s.entity_type) for s in detect(text, more=["rampart"])]
 
 
 def score(

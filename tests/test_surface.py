@@ -19,7 +19,7 @@ RECIPE_KEYS = """
     base revision out preset seed domain
     data.sources data.test_sources data.prompt data.answer data.system data.messages data.text data.group_id data.task
     data.val data.test
-    privacy.policy privacy.operators privacy.columns privacy.quasi_identifiers privacy.review
+    privacy.policy privacy.operators privacy.columns privacy.recognizers privacy.quasi_identifiers privacy.review
     dedup.exact dedup.near dedup.threshold dedup.benchmarks
     balance.classes balance.limit balance.sources balance.general balance.general_share
     augment.methods augment.copies

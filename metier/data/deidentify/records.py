@@ -119,12 +119,13 @@ class Privacy:
         asked = [([m["content"] for m in r.messages], r.group_id or f"{r.source.name}:{r.row.number}") for r in records]
         cores = os.cpu_count() or 1
         if len(records) < MANY or cores == 1:
-            yield from rewrite_part(asked, self.policy, self.key)
+            yield from rewrite_part(asked, self.policy, self.key, self.config.recognizers)
             return
         parts = [asked[i : i + PART] for i in range(0, len(asked), PART)]
+        given = (self.policy, self.key, self.config.recognizers)
         # A new interpreter for each: to fork a process in which polars has threads may hang.
         with ProcessPoolExecutor(min(cores, 16), mp_context=multiprocessing.get_context("spawn")) as pool:
-            for done in pool.map(rewrite_part, parts, [self.policy] * len(parts), [self.key] * len(parts)):
+            for done in pool.map(rewrite_part, parts, *([same] * len(parts) for same in given)):
                 yield from done
 
     def _look(self, records: list[Record], progress: Callable[[str], None]) -> dict[str, Any]:
@@ -211,11 +212,13 @@ def policy_key(config: PrivacyConfig, domain_policy: str | None) -> dict[str, st
     return {"policy": privacy.policy.text, "key": keyed_hash("fingerprint", privacy.key, purpose="fingerprint")}
 
 
-def rewrite_part(asked: list[tuple[list[str], str]], policy: Policy, key: bytes) -> list[Rewritten]:
+def rewrite_part(
+    asked: list[tuple[list[str], str]], policy: Policy, key: bytes, more: Sequence[str] = ()
+) -> list[Rewritten]:
     """(texts, subject) of some records -> their rewritten texts, and type and keyed hash of each replaced value."""
     done = []
     for texts, subject in asked:
-        rewritten = rewrite(texts, policy, key=key, subject=subject)
+        rewritten = rewrite(texts, policy, key=key, subject=subject, more=more)
         hashes = [
             (span.entity_type, keyed_hash(text[span.start : span.end], key))
             for text, (_, spans) in zip(texts, rewritten, strict=True)

@@ -43,12 +43,18 @@ def deidentify(
 
 
 def rewrite(
-    texts: Sequence[str], policy: Policy, *, key: bytes = b"", subject: str = "", language: str = "auto"
+    texts: Sequence[str],
+    policy: Policy,
+    *,
+    key: bytes = b"",
+    subject: str = "",
+    language: str = "auto",
+    more: Sequence[str] = (),
 ) -> list[tuple[str, list[Span]]]:
     """The texts of one record together: a name found in one is found in all, dates shift by one number of days."""
     found = [
         [span for span in spans if _counts(text, span, policy, key)]
-        for text, spans in zip(texts, detect_together(texts, language), strict=True)
+        for text, spans in zip(texts, detect_together(texts, language, more), strict=True)
     ]
     found = [
         _without_own(text, spans, key) if policy.needs_key else spans for text, spans in zip(texts, found, strict=True)
