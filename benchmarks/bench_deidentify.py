@@ -143,9 +143,8 @@ def score_synth(path: Path, detector: Detector) -> None:
                 by_type.setdefault(kind, [0, 0])[seen] += 1
     precision, recall = hit / (hit + false), hit / (hit + missed)
     f2 = 5 * precision * recall / (4 * precision + recall)
-    print(
-        f"synth v2: P {precision:.4f} R {recall:.4f} F2 {f2:.4f} docs/CPU-s {1500 / (time.process_time() - started):,.0f}"
-    )
+    rate = 1500 / (time.process_time() - started)
+    print(f"synth v2: P {precision:.4f} R {recall:.4f} F2 {f2:.4f} docs/CPU-s {rate:,.0f}")
     print("  recall: " + ", ".join(f"{k} {v[1] / sum(v):.3f} ({sum(v)})" for k, v in sorted(by_type.items())))
 
 

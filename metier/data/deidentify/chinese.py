@@ -94,13 +94,25 @@ class Cuts:
 def candidates(text: str, tagged: list[Token]) -> Iterator[tuple[int, int, int, Cuts]]:
     """Every place where a name may be: start, length of the surname, characters after it (0: a title follows)."""
     cuts, titles = _cuts(tagged), cues("zh_titles")
-    for start in range(len(text) - 1):
-        size = 2 if text[start : start + 2] in _compound() else 1 if text[start] in _surnames() else 0
-        for given in (0, 1, 2) if size else ():
-            rest = text[start + size : start + size + given]
+    for match in _surname().finditer(text):
+        start, size = match.start(), match.end() - match.start()
+        for given in (0, 1, 2) if text[match.end() : match.end() + 1] in _title_starts() else (1, 2):
+            rest = text[match.end() : match.end() + given]
             is_han = len(rest) == given and all("\u4e00" <= char <= "\u9fff" for char in rest)
             if is_han and rest not in titles:
                 yield start, size, given, cuts
+
+
+@cache
+def _surname() -> re.Pattern[str]:
+    """A surname, a compound one first."""
+    single = "".join(name for name in _surnames() if len(name) == 1)
+    return re.compile(f"{'|'.join(sorted(_compound()))}|[{single}]")
+
+
+@cache
+def _title_starts() -> frozenset[str]:
+    return frozenset(title[0] for title in cues("zh_titles"))
 
 
 def _names(text: str, tagged: list[Token], protected: list[tuple[int, int]]) -> Iterator[Span]:

@@ -12,7 +12,8 @@ from collections.abc import Iterable, Iterator, Sequence
 from metier.data.deidentify.addresses import find_addresses
 from metier.data.deidentify.chinese import find_chinese_names
 from metier.data.deidentify.chinese_places import find_organisations, find_places
-from metier.data.deidentify.english import find_english
+from metier.data.deidentify.english import find_english, is_name_like
+from metier.data.deidentify.english_places import find_english_places
 from metier.data.deidentify.patterns import LABEL, find_patterns
 from metier.data.deidentify.rampart import find_rampart
 from metier.data.deidentify.spans import Span, fold, resolve, unfold
@@ -60,7 +61,8 @@ def _candidates(text: str, language: str, more: Sequence[str]) -> tuple[list[Spa
         spans += [s for s in found if s.score >= 0.9 or not _touches(s, terms)]
     if en and has_latin:
         found, terms = find_english(text)
-        found += find_rampart(text) if "rampart" in more else []
+        found += find_english_places(text)
+        found += [s for s in find_rampart(text) if is_name_like(text, s)] if "rampart" in more else []
         spans += [s for s in found if s.score >= 0.9 or s.entity_type not in NAMED or not _inside(s, terms)]
         spans += find_addresses(text)
     if "[" in text:

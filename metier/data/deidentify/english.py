@@ -17,8 +17,6 @@ from metier.data.deidentify.spans import Span
 LETTER = "A-Za-z\u00c0-\u024f"
 _WORD = re.compile(rf"(?<![0-9{LETTER}])[{LETTER}]+(?:['-][{LETTER}]+)*(?![0-9{LETTER}])")
 _ORG_MORE = re.compile(r"(?:\.?,? ?(?:& )?(?:Co|KGaA|KG|OHG|OG|GesbR|mbH|Inc|Ltd|LLC|LLP|S\.?A|AG)\b\.?)+")
-# Smith, Jones and Brown; Smith-Jones is read as a name.
-_FIRM = re.compile(rf"[A-Z][{LETTER}'-]+(?:, [A-Z][{LETTER}'-]+)+,? (?:and|&) [A-Z][{LETTER}'-]+")
 _ORG_CUES = re.compile(
     r"\b(?:work(?:s|ed|ing)? (?:at|for|with)|employ(?:ed|er|ee)s? (?:by|at|of|is|:)|job at|position at|"
     r"hired by|office(?:s)? of|CEO of|founder of|director of|manager at|president of|chairman of|"
@@ -41,11 +39,6 @@ _BEFORE = re.compile(
     r"dr)[:,]?[ \n\"'(-]{1,3})$",
     re.IGNORECASE,
 )
-_TOWN = re.compile(
-    rf"(?<![{LETTER}.])(?:New|North|South|East|West|Port|Lake|Saint|St\.|Mount|Fort|San|Santa|El|Los|"
-    rf"Las) ([A-Z][{LETTER}'-]+)"
-)
-_VERSUS = re.compile(rf"((?:[A-Z][{LETTER}'-]+ )*[A-Z][{LETTER}'-]+) vs?\. ((?:d[aeu] )?[A-Z][{LETTER}'-]+)")
 _IN = re.compile(r"\b(?:in|near|from|to|at|visit|visiting|around|outside|for|of) $")
 _WEAK = re.compile(
     r"\b(?:by|from|to|with|between|and|for|thanks|best|it's|call(?:ed)?|attention)[:,]?[ \n\"'(-]{1,3}$", re.IGNORECASE
@@ -94,18 +87,6 @@ def _terms() -> re.Pattern[str]:
     return re.compile(rf"(?<![{LETTER}])(?:{'|'.join(map(re.escape, terms))})(?![{LETTER}])")
 
 
-@cache
-def _countries() -> re.Pattern[str]:
-    names = sorted(words("en_countries"), key=len, reverse=True)
-    return re.compile(rf"(?<![{LETTER}])(?:{'|'.join(map(re.escape, names))})(?![{LETTER}])", re.IGNORECASE)
-
-
-@cache
-def _nationalities() -> re.Pattern[str]:
-    names = sorted(words("en_nationalities"), key=len, reverse=True)
-    return re.compile(rf"(?<![{LETTER}])(?:{'|'.join(map(re.escape, names))})(?:s|es)?(?![{LETTER}])")
-
-
 Run = list[re.Match[str]]
 
 
@@ -118,28 +99,18 @@ def find_english(text: str) -> tuple[list[Span], list[tuple[int, int]]]:
         for run in _runs(text):
             spans.extend(_read_run(text, run, shouting))
     spans.extend(_lower_names(text))
-    spans.extend(_firms(text))
-    spans.extend(_places_and_cases(text))
-    spans += [Span(*match.span(), "COUNTRY", 0.7) for match in _countries().finditer(text)]
-    spans += [Span(*match.span(), "NRP", 0.7) for match in _nationalities().finditer(text)]
     return spans, protected
 
 
-def _places_and_cases(text: str) -> Iterator[Span]:
-    """New Tinamouth, Port Karen, San Felipe; Romero v. Carpenter."""
-    for match in _TOWN.finditer(text):
-        if _kind(match.group(1)) in "flb?c":
-            yield Span(*match.span(), "LOCATION", 0.72)
-    for match in _VERSUS.finditer(text):
-        yield Span(*match.span(1), "PERSON", 0.8)
-        yield Span(*match.span(2), "PERSON", 0.8)
-
-
-def _firms(text: str) -> Iterator[Span]:
-    for match in _FIRM.finditer(text) if " and " in text or "&" in text else ():
-        kinds = [_kind(word) for word in re.findall(rf"[A-Z][{LETTER}'-]+", match.group())]
-        if all(kind in "lfb?c" for kind in kinds):
-            yield Span(*match.span(), "ORGANIZATION", 0.72)
+def is_name_like(text: str, span: Span) -> bool:
+    """Whether a span that a model found may be a name: not a term, an eponym of a disease, or everyday words alone."""
+    if _head_after(text, span.end) or any(
+        m.start() <= span.start and span.end <= m.end() for m in _terms().finditer(text)
+    ):
+        return False
+    value = text[span.start : span.end]
+    found = _WORD.findall(value)
+    return any(char.isdigit() for char in value) or any(kind_of(w) not in "wmt" or w[0].islower() for w in found)
 
 
 def _runs(text: str) -> Iterator[Run]:
@@ -174,7 +145,7 @@ def _closed(run: Run) -> Iterator[Run]:
         yield run
 
 
-def _kind(word: str) -> str:
+def kind_of(word: str) -> str:
     """The kind of a capitalised word; `?` is unknown, `i` an initial, `t` a title."""
     low = word.lower()
     if len(word) == 1:
@@ -189,11 +160,11 @@ def _kind(word: str) -> str:
     if re.search("[a-z][A-Z]", word) and not re.match("Mc|Mac|De|Di|La|Le|Van|Von|O'|D'|Fitz", word):
         return "w"  # MedlinePlus, IgM
     if low.endswith("'s"):
-        return _kind(word[:-2])
+        return kind_of(word[:-2])
     if low.endswith(_word_ends()):
         return "w"
     if "-" in word:
-        parts = [_kind(part) for part in word.split("-") if part]
+        parts = [kind_of(part) for part in word.split("-") if part]
         return "w" if "w" in parts or "m" in parts else "l" if "l" in parts or "f" in parts else "?"
     for suffix in ("s", "es", "ing", "ed", "ly", "er", "ers"):
         if low.endswith(suffix) and _kinds().get(low[: -len(suffix)]) in ("w", "m"):
@@ -205,7 +176,7 @@ def _kind_in(text: str, word: re.Match[str], shouting: bool) -> str:
     token = word.group()
     if len(token) == 1 and text[word.end() : word.end() + 1] == ".":
         return "i"
-    return _kind(token.title() if shouting else token)
+    return kind_of(token.title() if shouting else token)
 
 
 def _read_run(text: str, run: Run, shouting: bool) -> Iterator[Span]:
@@ -236,7 +207,7 @@ def _org_start(text: str, run: Run, lows: list[str], end: int) -> int | None:
         or lows[first] in cues("en_no_names")
         or _starts_sentence(text, run[first])
     ):
-        if _kind(run[first].group()) in "l?f" and lows[first] not in cues("en_organisation_generic"):
+        if kind_of(run[first].group()) in "l?f" and lows[first] not in cues("en_organisation_generic"):
             break
         first += 1
     own = [
@@ -264,7 +235,7 @@ def _org_start(text: str, run: Run, lows: list[str], end: int) -> int | None:
         "kg",
         "co",
     )
-    named = [low for low in own if _kind(low) not in "wm"]
+    named = [low for low in own if kind_of(low) not in "wm"]
     return first if own and (strong or named) else None
 
 
@@ -282,7 +253,6 @@ def _titled(text: str, run: Run, kinds: list[str], i: int) -> Iterator[Span]:
         return
     if _head_after(text, run[last].end()):
         return
-    yield Span(run[i].start(), run[i].end(), "TITLE", 0.7)
     yield Span(run[i + 1].start(), _without_s(run[last]), "PERSON", 0.93)
 
 
@@ -367,7 +337,7 @@ def _lower_names(text: str) -> Iterator[Span]:
             if (
                 bare in ("a", "i")
                 or bare.lower() in cues("en_particles")
-                or (bare.islower() and len(bare) > 1 and _kind(bare) in plain)
+                or (bare.islower() and len(bare) > 1 and kind_of(bare) in plain)
             ):
                 break
             length += len(part) + 1
