@@ -91,7 +91,8 @@ def score(
     found = [detector(record.text) for record in made]
     seconds = time.process_time() - started
     total, full, touched = Counter[str](), Counter[str](), 0
-    right = wrong = negatives = disturbed = 0
+    right = negatives = disturbed = 0
+    wrong = Counter[str]()
     for i, (record, spans) in enumerate(zip(made, found, strict=True)):
         spans = [span for span in spans if span[2] not in QUIET]
         covered = _places((start, end) for start, end, _ in spans)
@@ -102,18 +103,16 @@ def score(
             total[kind] += 1
             full[kind] += wanted <= covered
             touched += bool(wanted & covered)
-        for start, end, _ in spans:
+        for start, end, kind in spans:
             inside = len(planted & set(range(start, end)))
             if 2 * inside >= end - start:
                 right += 1
             elif 2 * len((free | planted) & set(range(start, end))) < end - start:
-                wrong += 1
+                wrong[kind] += 1
         negatives += record.negative
         disturbed += record.negative and bool(spans)
     count = sum(total.values())
-    line = (
-        f"{name}: full {sum(full.values()) / count:.4f} any {touched / count:.4f} P {right / max(right + wrong, 1):.4f}"
-    )
+    line = f"{name}: full {sum(full.values()) / count:.4f} any {touched / count:.4f} P {right / max(right + wrong.total(), 1):.4f}"
     line += f" n {count}" + (f" negatives touched {disturbed / negatives:.4f} of {negatives}" if negatives else "")
     print(f"{line} docs/CPU-s {len(made) / seconds:,.0f}")
     structured = [kind for kind in total if kind in STRUCTURED_ZH]

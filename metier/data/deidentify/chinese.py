@@ -24,7 +24,7 @@ Token = tuple[str, str]  # a word and its part of speech
 WordAt = tuple[int, str, str]  # where a word starts, the word, its part of speech
 
 HAN = "\u3400-\u4dbf\u4e00-\u9fff"
-MIN_POINTS = -0.8
+MIN_POINTS = -1.5
 
 # What stands right before a name: roles, relations, verbs, prepositions.
 # Words after which a name often stands, that stand before much else too.

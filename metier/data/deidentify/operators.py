@@ -50,12 +50,20 @@ class Context:
     names: frozenset[str] = field(default_factory=frozenset)
 
 
-def replace(text: str, spans: Iterable[Span], policy: Policy, context: Context) -> str:
-    """`text` with every span replaced as the policy says; from right to left, so that offsets hold."""
-    for span in sorted(spans, reverse=True):
-        value = text[span.start : span.end]
-        text = text[: span.start] + stand_in(value, span.entity_type, policy, context) + text[span.end :]
-    return text
+def replace(text: str, spans: Iterable[Span], policy: Policy, context: Context) -> tuple[str, list[tuple[int, int]]]:
+    """`text` with every span replaced as the policy says, from right to left, so that offsets hold.
+
+    Also returns where in the new text the stand-ins are, in the order of the spans.
+    """
+    ordered = sorted(spans)
+    new = [stand_in(text[s.start : s.end], s.entity_type, policy, context) for s in ordered]
+    for span, value in zip(reversed(ordered), reversed(new), strict=True):
+        text = text[: span.start] + value + text[span.end :]
+    places, moved = [], 0
+    for span, value in zip(ordered, new, strict=True):
+        places.append((span.start + moved, span.start + moved + len(value)))
+        moved += len(value) - (span.end - span.start)
+    return text, places
 
 
 def stand_in(value: str, entity_type: str, policy: Policy, context: Context) -> str:
