@@ -112,7 +112,8 @@ def score(
         negatives += record.negative
         disturbed += record.negative and bool(spans)
     count = sum(total.values())
-    line = f"{name}: full {sum(full.values()) / count:.4f} any {touched / count:.4f} P {right / max(right + wrong.total(), 1):.4f}"
+    precision = right / max(right + wrong.total(), 1)
+    line = f"{name}: full {sum(full.values()) / count:.4f} any {touched / count:.4f} P {precision:.4f}"
     line += f" n {count}" + (f" negatives touched {disturbed / negatives:.4f} of {negatives}" if negatives else "")
     print(f"{line} docs/CPU-s {len(made) / seconds:,.0f}")
     structured = [kind for kind in total if kind in STRUCTURED_ZH]

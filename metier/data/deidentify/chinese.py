@@ -209,7 +209,9 @@ def _left(text: str, start: int, word_at: list[WordAt]) -> str:
     if NAME_EDGE.match(text[start - 1]):
         cue = text[max(0, start - 8) : start].rstrip(" :,\t\"'、是为")
         return "cue" if any(before.get(cue[-n:], 0) > 3 for n in range(2, 7)) else "edge"
-    listed = max((before.get(text[start - n : start], 0.0) for n in range(1, 6) if start >= n), default=0.0)
+    listed = 0.0
+    for size in range(1, min(start, 5) + 1):
+        listed = max(listed, before.get(text[start - size : start], 0.0))
     word_start, word, tag = word_at[start - 1]
     if listed:
         return "cue" if listed > 3 else "weak"
@@ -223,7 +225,9 @@ def _right(text: str, end: int, word_at: list[WordAt]) -> str:
     if end == len(text) or NAME_EDGE.match(text[end]):
         return "edge"
     after = _sides()[1]
-    listed = max((after.get(text[end : end + n], 0.0) for n in range(1, 5)), default=0.0)
+    listed = 0.0
+    for size in range(1, 5):
+        listed = max(listed, after.get(text[end : end + size], 0.0))
     word_start, _, tag = word_at[end]
     if listed:
         return "cue" if listed > 3 else "weak" if word_start == end else "inside"

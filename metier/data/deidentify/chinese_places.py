@@ -33,6 +33,7 @@ def _address_pattern() -> re.Pattern[str]:
     )
 
 
+_PLACE = re.compile("[省市区县旗镇乡路街道巷弄村里庄园苑城座号]")
 _ADDRESS_CUE = re.compile(
     r"(?:现住址|家庭住址|家庭地址|联系地址|通讯地址|注册地址|收货地址|开户地址|户籍地址|户籍所在地|住所地|住所|住址|地址|现住|家住|住在|居住在|居住于|位于|送到了?|送至|寄到|寄往|"
     r"寄至|搬到|户籍)[::\s为是在\"]{0,4}"
@@ -41,6 +42,8 @@ _ADDRESS_CUE = re.compile(
 
 
 def find_places(text: str) -> Iterator[Span]:
+    if not _PLACE.search(text):
+        return
     for match in _address_pattern().finditer(text):
         start, end = match.span()
         found = match.group()
@@ -112,7 +115,7 @@ def _has_own_name(name: str, tags: list[str], ending: str) -> bool:
     if "有限" in ending or "股份" in ending:
         return not _is_generic(name)
     if ending in ("法院", "检察院", "派出所", "公安局", "税务局", "居委会", "村委会"):
-        return re.search("[市县区镇乡]|^(?:" + "|".join(words("zh_places")) + ")", name) is not None
+        return re.search("[市县区镇乡]", name) is not None or name.startswith(words("zh_places"))
     own = sum(tag in ("ns", "nz", "nt", "x", "eng", "j", "m") or tag.startswith("nr") for tag in tags)
     return own > 0 and not _is_generic(name)
 
