@@ -132,6 +132,14 @@ def is_whole(folder: Path, manifest: dict[str, Any]) -> bool:
     )
 
 
+def damaged_file(folder: Path, manifest: dict[str, Any]) -> str | None:
+    """The first file that no longer has the bytes that `manifest` was made with, or None; logs may have grown."""
+    for name, entry in manifest["files"].items():
+        if name not in LOGS and digest_file(folder / name) != entry["sha256"]:
+            return str(name)
+    return None
+
+
 def work_folder(final: Path, key: str) -> Path:
     """The folder in which the artifact `final` is being made for `key`; created when missing.
 

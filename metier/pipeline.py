@@ -14,6 +14,7 @@ from typing import Any, Protocol
 from metier.artifacts import (
     MANIFEST,
     audit_artifacts,
+    damaged_file,
     digest_json,
     is_current,
     is_whole,
@@ -174,6 +175,11 @@ def _parent(folder: Path, verb: str) -> dict[str, Any]:
     manifest = read_manifest(folder)
     if manifest is None or not is_whole(folder, manifest):
         raise RunError(f"`{folder}` is not there or not complete", hint=f"run `metier {verb}` first, or `metier run`")
+    if damaged := damaged_file(folder, manifest):
+        raise RunError(
+            f"`{folder / damaged}` is damaged: it is not the file that was made",
+            hint=f"remove `{folder}` and run `metier {verb}` again",
+        )
     return manifest
 
 

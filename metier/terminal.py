@@ -109,10 +109,11 @@ def _numbers(numbers: dict[str, float]) -> str:
     return "  " + "  ".join(parts) if parts else ""
 
 
-def tokens_as_text(tokenizer: Any, input_ids: list[int], trained: list[bool]) -> Text:
+def tokens_as_text(tokenizer: Any, input_ids: list[int], trained: list[bool], colours: bool = True) -> Text:
     """A record token by token: trained tokens on green, masked ones dim, `·` between tokens.
 
-    Tokens that are parts of one character (byte-level Chinese) are shown together.
+    Without colours, as in a file or a pipe, what is trained stands between `[[` and `]]`. Tokens that are parts of one
+    character (byte-level Chinese) are shown together.
     """
     text = Text()
     start = 0
@@ -120,8 +121,11 @@ def tokens_as_text(tokenizer: Any, input_ids: list[int], trained: list[bool]) ->
         end = start + 1
         while end < len(input_ids) and "\ufffd" in tokenizer.decode(input_ids[start:end]) and end - start < 4:
             end += 1
-        piece = tokenizer.decode(input_ids[start:end], clean_up_tokenization_spaces=False)
-        text.append(piece.replace("\n", "\\n\n"), style="black on green" if trained[start] else "dim")
-        text.append("·", style="dim")
+        piece = tokenizer.decode(input_ids[start:end], clean_up_tokenization_spaces=False).replace("\n", "\\n\n")
+        if not colours and trained[start] and (start == 0 or not trained[start - 1]):
+            text.append("[[")
+        text.append(piece, style="black on green" if trained[start] else "dim")
+        ends = trained[start] and (end == len(input_ids) or not trained[end])
+        text.append("]]·" if ends and not colours else "·", style="dim")
         start = end
     return text

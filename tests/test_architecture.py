@@ -33,7 +33,8 @@ MAY_IMPORT = {
     "cli": FOUNDATIONS | STAGES | {"pipeline", "model", "terminal"},
 }
 # One site for each heavy dependency whose next release may break it.
-ONLY_IN = {"transformers": {"model/load.py"}, "peft": set(), "datasets": set(), "pickle": set()}
+# model/template.py is a process of its own, which must not import torch.
+ONLY_IN = {"transformers": {"model/load.py", "model/template.py"}, "peft": set(), "datasets": set(), "pickle": set()}
 BANNED_NAMES = {"utils", "common", "helpers", "misc", "manager", "handler", "processor", "wrapper", "base"}
 # The readers of a damaged GGUF file or tokenizer.json raise whatever its bytes lead to.
 BROAD_EXCEPT_IN = {"model/load.py"}

@@ -256,8 +256,9 @@ NO_RECORD = "no record is left to train on"
 BAD_DATA: dict[str, tuple[str, str | bytes | None, dict[str, Any], list[str]]] = {
     "missing": ("no.csv", None, {}, ["there is no source file", "no.csv", "hint: sources are relative"]),
     "no match": ("*.tsv", None, {}, ["*.tsv` matches no file"]),
-    "a folder": ("run", None, {}, ["run` is a folder", "hint: name its files with a glob"]),
-    "a spreadsheet": ("a.xlsx", b"PK", {}, ["extension `.xlsx`", ".csv"]),
+    "another format": ("a.doc", b"PK", {}, ["extension `.doc`", ".csv"]),
+    "a damaged spreadsheet": ("a.xlsx", b"PK", {}, ["no Excel workbook, or a damaged one"]),
+    "a damaged archive": ("a.csv.gz", b"\x1f\x8b", {}, ["a.csv.gz` is damaged or cut off"]),
     "wrong column in the template": (
         "a.csv",
         rows_of(40),
@@ -307,13 +308,13 @@ BAD_DATA: dict[str, tuple[str, str | bytes | None, dict[str, Any], list[str]]] =
     "every text NaN": ("a.csv", "text,label\n" + "NaN,heart\n" * 30, {}, [NO_RECORD, "NaN"]),
     "every answer NaN": ("a.jsonl", jsonl({"text": SECRET, "label": float("nan")}) * 30, {}, ["NaN is not JSON"]),
     "one class": ("a.csv", rows_of(40).replace("lung", "heart"), {}, ["only one class: all 40 records"]),
-    "gb18030": (
+    "an encoding that is none of ours": (
         "a.csv",
-        rows_of(40, f"{SECRET}病历").encode("gb18030"),
+        rows_of(40, f"{SECRET}カルテ").encode("shift_jis"),
         {},
-        ["a.csv` is not UTF-8: byte", "iconv -f GB18030"],
+        ["a.csv`: its encoding is none of UTF-8", "encoding: shift_jis"],
     ),
-    "utf-16": ("a.csv", rows_of(40).encode("utf-16"), {}, ["it is UTF-16", "iconv -f UTF-16"]),
+    "an unknown encoding": ("a.csv", rows_of(40), {"encoding": "gb1803"}, ["there is no encoding `gb1803`"]),
     "empty": ("a.csv", "", {}, ["a.csv` is empty"]),
     "empty json lines": ("a.jsonl", "\n\n", {}, ["a.jsonl`"]),
     "header only": ("a.csv", "text,label\n", {}, ["a.csv` has a header and no rows"]),
@@ -399,6 +400,17 @@ def test_a_file_name_that_is_not_utf8_is_refused(metier: Cli, here: Path, tiny_b
     assert_refused(metier("run", "recipe.yaml", "--out", os.fsdecode(b"\xb2out")), "`out`")
 
 
+@pytest.mark.parametrize("verb", ["run", "train", "evaluate"])
+@pytest.mark.parametrize("place", [0.3, 0.999])
+def test_a_damaged_data_set_of_the_same_size_is_a_sentence(metier: Cli, here: Path, verb: str, place: float) -> None:
+    path = here / "run/dataset/records.parquet"
+    raw = bytearray(path.read_bytes())
+    raw[int(len(raw) * place)] ^= 0xFF
+    path.write_bytes(raw)
+    words = ["run/dataset/records.parquet` is damaged", "hint: remove", "metier prepare"]
+    assert_refused(metier(verb, "recipe.yaml", "--set", "train.epochs=2"), *words)
+
+
 SOME_ROWS_BROKEN = {
     "ragged": ("a.csv", rows_of(40) + f"{SECRET},a,b\n", 1, "line 42: 3 fields, expected 2"),
     "NaN": ("a.csv", rows_of(40) + f"{SECRET},NaN\n", 1, "line 42: answer is NaN or infinite"),
@@ -417,6 +429,8 @@ SOME_ROWS_BROKEN = {
     "10 MB in a csv cell": ("a.csv", rows_of(40) + f"{SECRET * 2**20},\n", 1, "line 42: answer is empty"),
     "a good 10 MB row": ("a.csv", rows_of(40) + f"{SECRET * 2**20},heart\n", 0, None),
     "a byte-order mark and CRLF": ("a.csv", "\ufeff" + rows_of(40).replace("\n", "\r\n"), 0, None),
+    "gb18030": ("a.csv", rows_of(40, "病历").encode("gb18030"), 0, None),
+    "utf-16": ("a.csv", rows_of(40, "病历").encode("utf-16"), 0, None),
 }
 
 
@@ -427,7 +441,7 @@ def test_a_broken_row_among_good_ones_is_rejected_and_counted(
     import polars
 
     name, content, number, reason = SOME_ROWS_BROKEN[case]
-    (here / name).write_bytes(content.encode())
+    (here / name).write_bytes(content if isinstance(content, bytes) else content.encode())
     (here / "some.yaml").write_text(recipe_text(name, tiny_base))
     result = metier("prepare", "some.yaml", "--out", "other")
     assert result.code == 0, result.err
@@ -675,6 +689,7 @@ BAD_CALLS: dict[str, tuple[list[str], list[str]]] = {
     "records": (["inspect", "recipe.yaml", "--records", "0"], ["--records", "greater than or equal to 1"]),
     "no prompt": (["generate", "run"], ["there is no prompt", "hint: give --prompt"]),
     "generate from nowhere": (["generate", "runs/none", "--prompt", SECRET], ["`runs/none`", "hint: "]),
+    "a user who is not there": (["generate", "~nobody-here/x", "--prompt", SECRET], ["`~nobody-here/x`", "hint: "]),
     "chat with nowhere": (["chat", "./none"], ["there is no base model at `./none`", "hint: "]),
     "no tokens": (["generate", "run", "--max-new-tokens", "0", "--prompt", "a"], ["--max-new-tokens"]),
     "cold": (["generate", "run", "--temperature", "-1", "--prompt", "a"], ["--temperature"]),

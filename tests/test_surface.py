@@ -17,9 +17,12 @@ PUBLIC_NAMES = ["Recipe", "deidentify", "evaluate", "load", "prepare", "run", "t
 
 RECIPE_KEYS = """
     base revision out preset seed domain
-    data.sources data.test_sources data.prompt data.answer data.system data.messages data.text data.group_id data.task
+    data.sources data.test_sources data.encoding data.header_line data.passage_chars
+    data.prompt data.answer data.system data.messages data.text data.group_id data.task
     data.val data.test
     privacy.policy privacy.operators privacy.columns privacy.recognizers privacy.quasi_identifiers privacy.review
+    clean.control clean.whitespace clean.width clean.html clean.script clean.mojibake clean.boilerplate
+    clean.min_chars clean.max_chars clean.languages clean.contradictions
     dedup.exact dedup.near dedup.threshold dedup.benchmarks
     balance.classes balance.limit balance.sources balance.general balance.general_share
     augment.methods augment.copies
@@ -29,6 +32,7 @@ RECIPE_KEYS = """
     train.weight_decay train.max_grad_norm train.precision train.device train.log_every train.eval_every
     train.save_every train.report_to
     evaluate.tasks evaluate.max_items evaluate.max_new_tokens evaluate.bootstrap_samples
+    serve.redact serve.notice serve.refuse
 """
 
 DECODING = "--max-new-tokens --seed --temperature --top-p"
@@ -42,6 +46,8 @@ COMMANDS = {
     "trace": "runs --subject",
     "forget": "run --subject",
     "generate": f"run --base --prompt --system {DECODING}",
+    "serve": "runs --host --port --api-key-file --guard --max-batch --max-new-tokens --request-seconds --precision "
+    "--device",
     "chat": f"run --base --system {DECODING}",
 }
 

@@ -7,11 +7,11 @@ import signal
 import sys
 from types import FrameType
 
-from metier.cli import audit, stages, use
+from metier.cli import audit, serve, stages, use
 from metier.cli.app import app
 from metier.errors import Interrupted, MetierError
 
-__all__ = ["app", "audit", "main", "stages", "use"]
+__all__ = ["app", "audit", "main", "serve", "stages", "use"]
 
 
 def _interrupt(number: int, frame: FrameType | None) -> None:

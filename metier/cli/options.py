@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -23,6 +24,9 @@ Device = Annotated[str, typer.Option(help="auto, cpu or cuda.")]
 
 
 def terminal() -> Any:
+    """A terminal whose live line ends, and gives the cursor back, also when the command fails."""
     from metier.terminal import Terminal
 
-    return Terminal()
+    told = Terminal()
+    atexit.register(told.close)
+    return told

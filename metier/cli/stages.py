@@ -76,7 +76,8 @@ def inspect(
 ) -> None:
     """Show what would be trained: the columns found, the counts, and the first records token by token.
 
-    Trained tokens are coloured, masked ones are dim. Nothing is written.
+    Trained tokens are coloured and masked ones dim; without colours, [[ ]] stands around what is trained. Nothing is
+    written.
 
     Example: metier inspect recipe.yaml --records 5
     """
@@ -112,9 +113,9 @@ def inspect(
                 console.print(
                     Text(f"\nrecord {record_id}: {one.num_loss_tokens} of {one.num_tokens} tokens are trained")
                 )
-                console.print(
-                    tokens_as_text(renderer.tokenizer, one.input_ids, [n != IGNORE_INDEX for n in one.labels])
-                )
+                is_trained = [n != IGNORE_INDEX for n in one.labels]
+                colours = console.color_system is not None
+                console.print(tokens_as_text(renderer.tokenizer, one.input_ids, is_trained, colours))
     typer.echo("labels: every prompt is masked, every answer and its stop token is trained")
 
 
@@ -150,6 +151,16 @@ def _print_counts(manifest: dict[str, Any]) -> None:
         typer.echo(f"  rejected {number}: {reason}")
     for role, found in manifest["roles"].items():
         typer.echo(f"  {role}: {found}")
+    for column in manifest["columns"]:
+        if column["by"] != "taken" and column["role"]:
+            typer.echo(f"  `{column['column']}` may be {column['role']} ({column['confidence']}, by {column['by']})")
+    for source in manifest["sources"]:
+        how = "; ".join(source[key] for key in ("encoding", "dialect", "note") if key in source)
+        typer.echo(f"  {source['file']}: {source['rows']} rows" + (f", {how}" if how else ""))
+    for rule, found in manifest["cleaning"].items():
+        if found["records"]:
+            setting = {True: "on", False: "off"}.get(found["setting"], found["setting"])
+            typer.echo(f"  clean.{rule} ({setting}): {found['records']} records, such as {found['examples'][0]}")
     typer.echo(f"task: {manifest['task']}; " + ", ".join(f"{name} {number}" for name, number in splits.items()))
 
 

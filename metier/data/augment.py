@@ -21,8 +21,8 @@ import random
 import re
 
 from metier.data.records import Record, language_of
-from metier.data.terms import whole_word
-from metier.domains import Domain, Unit, terms_pattern
+from metier.data.terms import Span, find_terms, whole_word
+from metier.domains import Domain, Unit
 from metier.recipe import AugmentConfig
 
 TYPO_SHARE = 0.02
@@ -40,8 +40,10 @@ def augment(train: list[Record], config: AugmentConfig, domain: Domain | None, *
     made: list[Record] = []
     if not config.methods:
         return made
-    terms = terms_pattern(domain) if domain else None
-    for record in train:
+    is_needed = domain is not None and not {"terms", "typo"}.isdisjoint(config.methods)
+    prompts = [record.prompt for record in train]
+    spans = find_terms(domain, prompts) if domain and is_needed else [[] for _ in train]
+    for record, terms in zip(train, spans, strict=True):
         if record.messages[0]["role"] == "text":
             continue
         seen = {(record.prompt, record.answer)}
@@ -57,7 +59,7 @@ def augment(train: list[Record], config: AugmentConfig, domain: Domain | None, *
 
 
 def _variant(
-    method: str, record: Record, domain: Domain | None, terms: re.Pattern[str] | None, rng: random.Random
+    method: str, record: Record, domain: Domain | None, terms: list[Span], rng: random.Random
 ) -> tuple[str, str] | None:
     """(prompt, answer) as `method` changes them, or None where it does not apply."""
     prompt, answer = record.prompt, record.answer
@@ -68,7 +70,7 @@ def _variant(
     if method == "instruction" and domain:
         wordings = [w for w in domain.instructions.get(language, []) if w != "{prompt}"]  # type: ignore[call-overload]
         text = rng.choice(wordings).replace("{prompt}", prompt) if wordings else None
-    elif method == "terms" and domain and terms:
+    elif method == "terms" and domain:
         text = swap_term(prompt, answer, domain, terms, rng)
     elif method == "units" and domain:
         text = convert_unit(prompt, answer, domain.units, rng)
@@ -98,21 +100,21 @@ def shuffle_options(prompt: str, answer: str, rng: random.Random) -> tuple[str, 
     return text, answer[: picked.start(1)] + letter + answer[picked.end(1) :]
 
 
-def swap_term(prompt: str, answer: str, domain: Domain, terms: re.Pattern[str], rng: random.Random) -> str | None:
-    """The prompt with one term under another name; None where no term has one, or the answer holds it too."""
+def swap_term(prompt: str, answer: str, domain: Domain, terms: list[Span], rng: random.Random) -> str | None:
+    """The prompt with one term under another name; None where no term has one, or it holds it or the answer does."""
     found = []
-    for match in terms.finditer(prompt):
+    for span in terms:
         for term in domain.terms:
             for names in (term.en, term.zh):
-                known = [name for name in names if name.casefold() == match[0].casefold()]
-                others = [name for name in names if name not in known]
+                others = [name for name in names if name != span.name]
                 is_asked = any(whole_word(name).search(answer) for name in (*term.en, *term.zh))
-                if known and others and not is_asked and not any(whole_word(name).search(prompt) for name in others):
-                    found.append((match, others))
+                is_there = any(whole_word(name).search(prompt) for name in others)
+                if span.name in names and others and not is_asked and not is_there:
+                    found.append((span, others))
     if not found:
         return None
-    match, others = rng.choice(found)
-    return prompt[: match.start()] + rng.choice(others) + prompt[match.end() :]
+    span, others = rng.choice(found)
+    return prompt[: span.start] + rng.choice(others) + prompt[span.end :]
 
 
 def convert_unit(prompt: str, answer: str, units: list[Unit], rng: random.Random) -> str | None:
@@ -133,13 +135,13 @@ def convert_unit(prompt: str, answer: str, units: list[Unit], rng: random.Random
     return prompt[: match.start(1)] + written + gap + unit.target + prompt[match.end() :]
 
 
-def add_typos(prompt: str, terms: re.Pattern[str] | None, rng: random.Random) -> str | None:
+def add_typos(prompt: str, terms: list[Span], rng: random.Random) -> str | None:
     """The prompt with neighbouring letters exchanged, never in terms or negations; None without a long word."""
-    kept = [match.span() for match in terms.finditer(prompt)] if terms else []
     words = [
         match.start()
         for match in _WORD.finditer(prompt)
-        if match[0] not in _NEGATIONS and not any(a < match.end() and match.start() < b for a, b in kept)
+        if match[0] not in _NEGATIONS
+        and not any(span.start < match.end() and match.start() < span.end for span in terms)
     ]
     if not words:
         return None

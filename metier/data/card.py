@@ -56,6 +56,7 @@ each label has its share of every split as far as the groups allow.
 | file | format | rows | kept | merged | rejected | SHA-256 begins |
 |---|---|---:|---:|---:|---:|---|
 {sources}
+{_written(details["sources"])}
 ## Roles ({how})
 
 | role | column, template or text |
@@ -71,9 +72,8 @@ Each one is in `rejected.parquet` with its file, row and byte offset.
 ## What was changed
 
 Whitespace around prompts, answers and template columns is taken off; numbers and booleans become the text they are
-written in; empty system messages are left out. Plain text is as it was. But for
-personal data (above) nothing else was changed.
-The licence of the sources is the concern of whoever gave them: this card does not know it.
+written in; empty system messages are left out. {_cleaning(details["cleaning"])}
+Personal data: as said above. The licence of the sources is the concern of whoever gave them.
 """
     return f"{english}\n{_chinese(details)}"
 
@@ -94,7 +94,9 @@ def _chinese(details: dict[str, Any]) -> str:
 合成记录 {counts["synthetic"]} 条,全部在训练集中,并注明来源记录。
 语言:中文 {languages["zh"]} 条,英文 {languages["en"]} 条,其他 {languages["other"]} 条。
 {privacy_section_zh(details["privacy"])}
-除上述处理外,仅去除提示与答案首尾的空白(并略去空的系统消息)。
+去除提示与答案首尾的空白,略去空的系统消息;此外只有上表中设置为 on 的清洗规则改动文本:
+control 去除控制字符与零宽字符,whitespace 统一换行与空格,width 将全角字母、数字、百分号与全角句点转为半角
+(中文标点不变),html 去除标签,script 转换简繁,boilerplate 涉及多条记录共有的首行或末行。
 """
 
 
@@ -112,6 +114,33 @@ configs:
   data_files: records.parquet
 ---
 """
+
+
+def _written(sources: list[dict[str, Any]]) -> str:
+    """How each file is written, where that had to be found out."""
+    return "".join(
+        f"{_cell(s['file'])}: {'; '.join(_cell(s[k]) for k in ('encoding', 'dialect', 'note') if k in s)}.\n"
+        for s in sources
+        if "encoding" in s or "note" in s
+    )
+
+
+def _cleaning(rules: dict[str, dict[str, Any]]) -> str:
+    """The rules with what they did, and what they mean."""
+    rows = "".join(f"| {rule} | {_setting(found['setting'])} | {found['records']} |\n" for rule, found in rules.items())
+    return f"""Beside that:
+
+| rule | setting | records it changed or found |
+|---|---|---:|
+{rows}
+control: control, zero-width and direction characters are taken out. whitespace: every line end is LF, every odd space a
+space. width: full-width letters, digits, percent signs and full stops are half-width. html: tags and character
+references are taken out. script: Chinese is converted to one script. boilerplate: first and last lines that many
+records share. The rules mojibake and contradictions change no text. Nothing else was changed, cut or translated."""
+
+
+def _setting(value: Any) -> str:
+    return ("on" if value else "off") if isinstance(value, bool) else str(value)
 
 
 def _leakage(found: dict[str, Any]) -> str:

@@ -23,7 +23,7 @@ import numpy as np
 from metier.data.dedup import Pair, compared_texts, find_pairs
 from metier.data.lines import Source
 from metier.data.records import Record
-from metier.data.shingles import Hashes, Template, batches, normalise, window_hashes
+from metier.data.shingles import Hashes, Template, among, batches, distinct, normalise, window_hashes
 from metier.data.sources import read_rows
 
 PASSAGE_HAN, PASSAGE_OTHER = 13, 50
@@ -71,7 +71,7 @@ class Passages:
     def __init__(self, texts: Sequence[str], template: Template | None = None) -> None:
         self._template = template or Template(texts)
         found = [window_hashes(self._template.own(batch), PASSAGE_HAN, PASSAGE_OTHER)[0] for _, batch in batches(texts)]
-        self._hashes: Hashes = np.unique(np.concatenate(found)) if found else np.empty(0, np.uint64)
+        self._hashes: Hashes = distinct(np.concatenate(found)) if found else np.empty(0, np.uint64)
         self._slots = np.zeros(_SLOTS, dtype=np.bool_)
         self._slots[(self._hashes & np.uint64(_SLOTS - 1)).astype(np.int64)] = True
 
@@ -81,8 +81,8 @@ class Passages:
         for first, batch in batches(texts):
             hashes, text, _ = window_hashes(batch, PASSAGE_HAN, PASSAGE_OTHER)
             hits = np.flatnonzero(self._slots[(hashes & np.uint64(_SLOTS - 1)).astype(np.int64)])
-            hits = hits[np.isin(hashes[hits], self._hashes)]
-            holds[first + np.unique(text[hits])] = True
+            hits = hits[among(hashes[hits], self._hashes)]
+            holds[first + text[hits]] = True
         return holds
 
 

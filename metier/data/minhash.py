@@ -18,7 +18,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from metier.data.shingles import MIN_SHINGLES, Batch, Hashes, Ints, Template, batches, mixed, shingle_hashes
+from metier.data.shingles import MIN_SHINGLES, Batch, Hashes, Ints, Template, batches, distinct, mixed, shingle_hashes
 
 HASHES, BINS = 4, 32
 BITS = 5  # of a bin's number
@@ -100,13 +100,13 @@ def _candidates(signatures: NDArray[np.uint32], useful: Ints) -> tuple[Ints, Int
         first = np.maximum.accumulate(np.where(begins, np.arange(len(ordered)), 0))[same]
         for other in (same - 1, np.maximum(same - 2, first), first):
             found.append(_coded(member[other], member[same], number))
-    codes = np.unique(np.concatenate(found)) if found else np.empty(0, np.int64)
+    codes = distinct(np.concatenate(found)) if found else np.empty(0, np.int64)
     return codes // number, codes % number
 
 
 def _coded(one: Ints, other: Ints, number: int) -> Ints:
     """A pair as one number, the smaller position first; repeated ones go at once, to save memory."""
-    return np.unique(np.minimum(one, other) * number + np.maximum(one, other))
+    return distinct(np.minimum(one, other) * number + np.maximum(one, other))
 
 
 def _agreeing(signatures: NDArray[np.uint32], left: Ints, right: Ints, least: float) -> tuple[Ints, Ints]:
@@ -121,11 +121,12 @@ def _verified(texts: Sequence[str], template: Template, left: Ints, right: Ints,
     similarity = np.zeros(len(left))
     for start in range(0, len(left), PAIRS_AT_ONCE):
         stop = min(start + PAIRS_AT_ONCE, len(left))
-        members = np.unique(np.concatenate([left[start:stop], right[start:stop]]))
+        members = distinct(np.concatenate([left[start:stop], right[start:stop]]))
         sets = dict(zip(members.tolist(), _shingle_sets([texts[m] for m in members.tolist()], template), strict=True))
         for pair in range(start, stop):
             one, other = sets[int(left[pair])], sets[int(right[pair])]
-            shared = len(one) + len(other) - len(np.unique(np.concatenate([one, other])))
+            both = np.sort(np.concatenate([one, other]))
+            shared = int((both[1:] == both[:-1]).sum())
             similarity[pair] = shared / max(1, len(one) + len(other) - shared)
     kept = similarity >= threshold
     return Pairs(left[kept], right[kept], similarity[kept])
@@ -138,4 +139,4 @@ def _shingle_sets(texts: Sequence[str], template: Template) -> Iterator[Hashes]:
         hashes, text = shingle_hashes(batch)
         ends = np.cumsum(np.bincount(text, minlength=len(batch)))
         for start, end in zip([0, *ends[:-1].tolist()], ends.tolist(), strict=True):
-            yield np.unique(hashes[start:end])
+            yield distinct(hashes[start:end])

@@ -25,6 +25,7 @@ from metier.data.accounts import Accounts
 from metier.data.augment import augment
 from metier.data.balance import LEFT_OUT, NOT_NEEDED, class_weights, general_excess, left_out, repeated
 from metier.data.card import data_card
+from metier.data.clean import clean, contradictions
 from metier.data.croissant import croissant
 from metier.data.dedup import find_pairs, join_groups, merge_exact, merge_near, without
 from metier.data.deidentify.records import Privacy, open_privacy, policy_key, review_lines
@@ -40,9 +41,10 @@ from metier.data.leakage import (
 )
 from metier.data.lineage import forget_rows, read_forgotten
 from metier.data.lines import Source
+from metier.data.proposals import propose
 from metier.data.records import Record, Rejected, Rejection, build_record
 from metier.data.roles import Roles, find_roles
-from metier.data.sources import find_sources, read_columns, read_rows
+from metier.data.sources import describe_source, find_sources, read_columns, read_rows
 from metier.data.split import split_groups
 from metier.data.tables import (
     conflicts_table,
@@ -86,10 +88,14 @@ def prepare(recipe: Recipe, *, out: Path, progress: Callable[[str], None]) -> di
     accounts = Accounts([*files.sources, *files.general])
     roles = _read_all(accounts, files, recipe.data, privacy=privacy, progress=progress)
     forget_rows(accounts, forgotten, digests)
-    # clean: accounts, recipe.clean -> some rejected, and details["cleaning"]
+    cleaned = clean(accounts.records, recipe.clean)
+    accounts.records, accounts.rejected = cleaned.records, accounts.rejected + cleaned.rejected
     accounts.records, details["privacy"], review = privacy.rewrite_records(accounts.records, progress)
     accounts.refuse_too_few()
     task = _task(recipe.data, [record for record in accounts.records if record.method is None])
+    if task == "classification":
+        other = contradictions(accounts.records, recipe.clean.contradictions, cleaned)
+        accounts.reject(other, "same prompt as a record with another label")
     progress("looking for duplicates")
     rejected_by_benchmark = _deduplicate(accounts, files.benchmarks, recipe.dedup, task)
     accounts.refuse_too_few()
@@ -104,6 +110,7 @@ def prepare(recipe: Recipe, *, out: Path, progress: Callable[[str], None]) -> di
     conflicts = conflicts_table(accounts.records, accounts.pairs, task)
     details = _describe_all(accounts, table, task, recipe) | details
     details["roles"], details["label_conflicts"] = _describe(roles), len(conflicts)
+    details |= {"cleaning": cleaned.report(recipe.clean), "columns": propose(files.sources[0], roles[files.sources[0]])}
     if recipe.domain:
         domain = load_domain(recipe.domain)
         details["domain"] = {"name": domain.name, **coverage(domain, records)}
@@ -259,7 +266,7 @@ def _split(config: DataConfig, accounts: Accounts, task: str, seed: int) -> dict
     for record, group in own if task == "classification" else ():
         labels.setdefault(group, Counter())[record.answer] += 1
     strata = {group: min(found, key=lambda label: (-found[label], label)) for group, found in labels.items()}
-    test = 0 if config.test_sources else config.test
+    test = 0 if any(record.source.is_test for record in accounts.records) else config.test
     sizes = Counter(group for _, group in own)
     splits = split_groups(sizes, val=config.val, test=test, seed=seed, strata=strata)
     found = {id(record): splits[group] for record, group in own}
@@ -331,7 +338,7 @@ def _describe_all(accounts: Accounts, table: polars.DataFrame, task: str, recipe
         "task": task,
         "labels": sorted({record.answer for record in own}) if task == "classification" else [],
         "class_weights": class_weights(own, task),
-        "sources": [{"file": s.name, "sha256": "", **counts[s], "format": s.format} for s in accounts.sources],
+        "sources": [{"file": s.name, "sha256": "", **counts[s], **describe_source(s)} for s in accounts.sources],
         "seed": recipe.seed,
     }
 

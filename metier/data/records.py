@@ -77,7 +77,7 @@ class Rejection:
 def build_record(source: Source, row: Row, roles: Roles) -> Record:
     """The record of a readable row. Raises `Rejected`."""
     place = Row(row.number, row.byte_offset, row.place)
-    group_id = text_of(row.fields.get(roles.group_id), "group_id").strip() if roles.group_id else None
+    group_id = _group_id(row, roles)
     if roles.text:
         text = text_of(row.fields.get(roles.text), "text")
         return Record(source, place, [{"role": "text", "content": text}], group_id, text)
@@ -89,7 +89,8 @@ def build_record(source: Source, row: Row, roles: Roles) -> Record:
         if roles.input and not _is_empty(row.fields.get(roles.input)):
             prompt = f"{prompt}\n\n{text_of(row.fields[roles.input], 'input').strip()}"
         answer = _fill(roles.answer, row, "answer")
-        messages = [{"role": "user", "content": prompt}, {"role": "assistant", "content": answer}]
+        messages = _history(row.fields.get(roles.history)) if roles.history else []
+        messages += [{"role": "user", "content": prompt}, {"role": "assistant", "content": answer}]
     system = roles.system_text
     if roles.system and not _is_empty(row.fields.get(roles.system)):
         system = text_of(row.fields[roles.system], "system").strip()
@@ -97,6 +98,32 @@ def build_record(source: Source, row: Row, roles: Roles) -> Record:
         messages.insert(0, {"role": "system", "content": system})
     first_user = next(m["content"] for m in messages if m["role"] == "user")
     return Record(source, place, messages, group_id, first_user)
+
+
+def _group_id(row: Row, roles: Roles) -> str | None:
+    """The row's group; a column that was found and not named may be empty here and there."""
+    value = row.fields.get(roles.group_id) if roles.group_id else None
+    if roles.group_id is None or (roles.is_group_found and _is_empty(value)):
+        return None
+    return text_of(value, "group_id").strip()
+
+
+def _history(value: Any) -> list[Message]:
+    """Earlier turns: [[user, assistant], ...], also as JSON text. Raises `Rejected`."""
+    if isinstance(value, str) and value.strip():
+        try:
+            value = parse_json(value)
+        except ValueError:
+            raise Rejected("history is not valid JSON") from None
+    if _is_empty(value):
+        return []
+    if not isinstance(value, list) or not all(isinstance(turn, list) and len(turn) == 2 for turn in value):
+        raise Rejected("history is not a list of [question, answer] pairs")
+    return [
+        {"role": role, "content": text_of(said, "history").strip()}
+        for turn in value
+        for role, said in zip(("user", "assistant"), turn, strict=True)
+    ]
 
 
 def text_of(value: Any, role: str) -> str:

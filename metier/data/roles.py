@@ -17,6 +17,14 @@ from metier.recipe import DataConfig
 CONVERSATIONS = ("messages", "conversations", "对话")
 TEXTS = ("text", "content", "文本", "正文")
 SYSTEMS = ("system", "系统")
+HISTORIES = ("history", "历史", "对话历史")
+# Who or what must not stand in two splits; taken as group_id where the recipe names none. Only names that say so: a
+# category or a company may have two values, and nothing could be split by it.
+GROUPS = (
+    "patient_id", "patientid", "patient", "subject_id", "mrn", "customer_id", "client_id", "user_id", "account_id",
+    "student_id", "case_id", "document", "document_id", "doc_id", "conversation_id", "session_id", "group_id",
+    "患者编号", "患者id", "病历号", "住院号", "客户编号", "客户号", "用户id", "学号", "案号", "文档",
+)  # fmt: skip
 # (prompt, answer), the first pair that fits is taken.
 PAIRS = (
     ("instruction", "output"),
@@ -37,6 +45,7 @@ PAIRS = (
     ("输入", "输出"),
     ("source", "target"),
 )
+KNOWN_COLUMNS = frozenset(CONVERSATIONS + TEXTS + SYSTEMS + tuple(name for pair in PAIRS for name in pair))
 # Alpaca's third column: it follows the instruction after a blank line, where it is not empty.
 INPUTS = {"instruction": "input", "指令": "输入"}
 # Never guessed to be a prompt or an answer.
@@ -83,7 +92,9 @@ class Roles:
     text: str | None = None
     system: str | None = None
     system_text: str | None = None
+    history: str | None = None
     group_id: str | None = None
+    is_group_found: bool = False
     how: Literal["recipe", "found"] = "found"
 
     @property
@@ -100,10 +111,21 @@ class Roles:
             "messages": self.messages,
             "text": self.text,
             "system": self.system or self.system_text,
+            "history": self.history,
             "group_id": self.group_id,
             "how": self.how,
         }
         return {role: value for role, value in roles.items() if value}
+
+    @property
+    def columns(self) -> dict[str, str]:
+        """Each column that is used, with its role."""
+        named = {"input": self.input, "messages": self.messages, "text": self.text, "system": self.system,
+                 "history": self.history, "group_id": self.group_id}  # fmt: skip
+        used = {column: role for role, column in named.items() if column}
+        for role, template in (("prompt", self.prompt), ("answer", self.answer)):
+            used |= dict.fromkeys(template.columns if template else [], role)
+        return used
 
 
 def find_roles(config: DataConfig, columns: list[str], path: Path) -> Roles:
@@ -111,10 +133,13 @@ def find_roles(config: DataConfig, columns: list[str], path: Path) -> Roles:
 
     Raises `DataError` for a column that the file lacks, a broken template, or columns that fit no known shape.
     """
+    folded = {name.casefold(): name for name in reversed(columns)}
     group_id = None
-    if config.group_id is not None:
+    if config.group_id is None:
+        group_id = _first(GROUPS, {k: v for k, v in folded.items() if v not in _named(config, columns)})
+    elif config.group_id != "none" or "none" in columns:
         group_id = _column(config.group_id, "group_id", columns, path)
-    known = {name.casefold(): name for name in reversed(columns) if name != group_id}
+    known = {k: name for k, name in folded.items() if name != group_id}
     main = _named_roles(config, columns, known, path) or _found_roles(columns, known, path)
     if main.text and config.system is not None:
         raise DataError("`data.system` needs prompts and answers; the records here are plain text")
@@ -124,7 +149,18 @@ def find_roles(config: DataConfig, columns: list[str], path: Path) -> Roles:
         system = None if system in _used(main) else system
     elif config.system not in columns:
         system, system_text = None, config.system
-    return replace(main, system=system, system_text=system_text, group_id=group_id)
+    history = _first(HISTORIES, known) if main.prompt else None
+    return replace(
+        main, system=system, system_text=system_text, group_id=group_id,
+        history=None if history in _used(main) else history,
+        is_group_found=group_id is not None and config.group_id is None,
+    )  # fmt: skip
+
+
+def _named(config: DataConfig, columns: list[str]) -> set[str]:
+    """The columns that the recipe uses for something else than the group."""
+    named = [config.prompt, config.answer, config.messages, config.text, config.system]
+    return {name for name in columns for value in named if value and (value == name or f"{{{name}}}" in value)}
 
 
 def _named_roles(config: DataConfig, columns: list[str], known: dict[str, str], path: Path) -> Roles | None:
@@ -164,7 +200,7 @@ def _found_roles(columns: list[str], known: dict[str, str], path: Path) -> Roles
 
 def _free(known: dict[str, str]) -> list[str]:
     """The columns that may be guessed from, in the file's order."""
-    return [name for folded, name in reversed(known.items()) if folded not in (*BOOKKEEPING, *SYSTEMS)]
+    return [name for folded, name in reversed(known.items()) if folded not in (*BOOKKEEPING, *SYSTEMS, *HISTORIES)]
 
 
 def parse_template(text: str, role: str, columns: list[str], path: Path) -> Template:

@@ -17,6 +17,7 @@ import functools
 import unicodedata
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -24,6 +25,7 @@ from numpy.typing import NDArray
 Codes = NDArray[np.uint32]
 Hashes = NDArray[np.uint64]
 Ints = NDArray[np.int64]
+Number = TypeVar("Number", np.uint64, np.int64)
 
 SPACE = 32
 BATCH_CHARS = 2**18
@@ -126,16 +128,18 @@ class Template:
         sample = texts[::step]
         shared = max(TEMPLATE_RECORDS, int(TEMPLATE_SHARE * len(texts)))
         needed = max(5, -(-shared * len(sample) // max(1, len(texts))))
-        found = []
-        for first, batch in batches(sample):
-            hashes, text, _ = window_hashes(batch)
-            # Once a text: the same window twice in one text is no template.
-            order = np.lexsort((hashes, text))
-            hashes, text = hashes[order], text[order] + first
-            again = (hashes[1:] == hashes[:-1]) & (text[1:] == text[:-1])
-            found.append(np.delete(hashes, np.flatnonzero(again) + 1))
-        values, counts = np.unique(np.concatenate(found) if found else np.empty(0, np.uint64), return_counts=True)
-        self.hashes: Hashes = values[counts >= needed]
+        found = [(hashes, text + first) for first, b in batches(sample) for hashes, text, _ in [window_hashes(b)]]
+        hashes = np.concatenate([hashes for hashes, _ in found]) if found else np.empty(0, np.uint64)
+        text = np.concatenate([text for _, text in found]) if found else np.empty(0, np.int64)
+        often = _frequent(hashes, needed)
+        # Of these few, each text counts once: the same window twice in one text is no template.
+        candidates = among(hashes, often)
+        hashes, text = hashes[candidates], text[candidates]
+        order = np.lexsort((hashes, text))
+        hashes, text = hashes[order], text[order]
+        is_new = np.ones(len(hashes), dtype=np.bool_)
+        is_new[1:] = (hashes[1:] != hashes[:-1]) | (text[1:] != text[:-1])
+        self.hashes: Hashes = _frequent(hashes[is_new], needed)
         self._slots = np.zeros(_SLOTS, dtype=np.bool_)
         self._slots[_slot(self.hashes)] = True
 
@@ -145,7 +149,7 @@ class Template:
         if len(self.hashes):
             hashes, text, position = window_hashes(batch)
             hits = np.flatnonzero(self._slots[_slot(hashes)])
-            hits = hits[np.isin(hashes[hits], self.hashes)]
+            hits = hits[among(hashes[hits], self.hashes)]
             np.add.at(edges, position[hits], 1)
             np.add.at(edges, position[hits] + np.where(batch.is_han[text[hits]], WINDOW_HAN, WINDOW_OTHER), -1)
         return np.cumsum(edges[:-1]) > 0
@@ -168,6 +172,33 @@ def _summed(flags: NDArray[np.bool_]) -> Ints:
     sums = np.zeros(len(flags) + 1, dtype=np.int64)
     np.cumsum(flags, out=sums[1:])
     return sums
+
+
+def distinct(values: NDArray[Number]) -> NDArray[Number]:
+    """Each value once, sorted: by sorting, which for many values is faster than numpy's table."""
+    ordered = np.sort(values)
+    is_new = np.ones(len(ordered), dtype=np.bool_)
+    is_new[1:] = ordered[1:] != ordered[:-1]
+    return ordered[is_new]
+
+
+def among(hashes: Hashes, known: Hashes) -> NDArray[np.bool_]:
+    """Which of `hashes` are among `known`, which are sorted."""
+    if not len(known):
+        return np.zeros(len(hashes), dtype=np.bool_)
+    places = np.minimum(np.searchsorted(known, hashes), len(known) - 1)
+    found: NDArray[np.bool_] = known[places] == hashes
+    return found
+
+
+def _frequent(hashes: Hashes, times: int) -> Hashes:
+    """Those that stand at least so many times among `hashes`, sorted."""
+    ordered = np.sort(hashes)
+    if len(ordered) < times:
+        return ordered[:0]
+    starts = np.flatnonzero(np.append(True, ordered[1:] != ordered[:-1]))
+    counts = np.diff(np.append(starts, len(ordered)))
+    return ordered[starts[counts >= times]]
 
 
 def _slot(hashes: Hashes) -> Ints:

@@ -1,33 +1,43 @@
-"""The recipe's sources -> files, and each file -> its columns and rows.
+"""The recipe's sources -> tables, lists and texts to read, and each of them -> its columns and rows.
 
-Every row of a file comes out, readable or not: one that cannot be read is a `Row` with a `problem`. A file that
-cannot be read at all raises `DataError`. Files are UTF-8, with or without a byte-order mark.
+A source is a file, a glob, a folder or an archive. A zip archive gives one source a member, a workbook one a sheet, a
+JSON file of splits one a split; the split `test` is test. Every row of a source comes out, readable or not: one that
+cannot be read is a `Row` with a `problem`. What cannot be read at all raises `DataError`.
 
-Limits: CSV and JSON Lines are streamed; JSON and Parquet are read whole.
+Limits: a workbook is read whole, and so is a JSON file that is one single object. Everything else is streamed.
 """
 
 from __future__ import annotations
 
 import glob
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 
-import polars
-
-from metier.data.delimited import csv_layout, read_csv
-from metier.data.json_rows import read_json, read_jsonl
-from metier.data.lines import Row, Source
+from metier.data.archives import list_members
+from metier.data.delimited import read_csv
+from metier.data.dialects import find_dialect
+from metier.data.json_rows import read_json, read_splits
+from metier.data.json_shapes import TEST_SPLITS
+from metier.data.lines import Row, Source, encoding_of
+from metier.data.parquet import parquet_columns, read_parquet
+from metier.data.plain_text import COLUMNS as TEXT_COLUMNS
+from metier.data.plain_text import read_text
 from metier.errors import DataError
 from metier.recipe import DataConfig
 
-FORMATS = {".csv": "csv", ".tsv": "tsv", ".json": "json", ".jsonl": "jsonl", ".parquet": "parquet"}
+FORMATS = {
+    ".csv": "csv", ".tsv": "tsv", ".json": "json", ".jsonl": "jsonl", ".ndjson": "jsonl", ".parquet": "parquet",
+    ".xlsx": "excel", ".xlsm": "excel", ".xls": "excel", ".ods": "excel", ".txt": "text", ".md": "text",
+    ".markdown": "text",
+}  # fmt: skip
 
 
 def find_sources(config: DataConfig) -> list[Source]:
-    """The files that `sources` and `test_sources` name, in a fixed order, test files last and only as test.
+    """What `sources` and `test_sources` name, in a fixed order, test sources last and only as test.
 
-    Raises `DataError` for a missing file, a glob without a match, a folder or an unknown extension.
+    Raises `DataError` for a missing file, a glob without a match, an unknown extension or a damaged archive.
     """
     test = _expand(config.test_sources)
     paths = [path for path in _expand(config.sources) if path not in test] + test
@@ -36,18 +46,41 @@ def find_sources(config: DataConfig) -> list[Source]:
     plain = {path.name for path in paths}
     folder = os.path.commonpath([path.parent for path in paths])
     names = [path.name if len(plain) == len(paths) else path.relative_to(folder).as_posix() for path in paths]
-    return [
-        Source(path, name, FORMATS[path.suffix.lower()], is_test=path in test)
+    sources = [
+        Source(
+            path, name, _format(path) or "zip", is_test=path in test, encoding=config.encoding,
+            header_line=config.header_line, passage_chars=config.passage_chars,
+        )
         for path, name in zip(paths, names, strict=True)
-    ]
+    ]  # fmt: skip
+    parts = [part for source in sources for member in _members(source) for part in _parts(member)]
+    return [part for part in parts if not part.is_test] + [part for part in parts if part.is_test]
+
+
+def describe_source(source: Source) -> dict[str, str]:
+    """For the manifest and for people: how the source is written, as far as that was found out."""
+    found = {"format": source.format}
+    if source.format in ("csv", "tsv", "json", "jsonl", "text"):
+        found["encoding"] = encoding_of(source).label
+    if source.format in ("csv", "tsv") and (dialect := find_dialect(source).describe()):
+        found["dialect"] = dialect
+    if source.note:
+        found["note"] = source.note
+    return found
 
 
 def read_columns(source: Source) -> list[str]:
-    """The file's columns; for JSON the keys of all its objects, as they first appear."""
+    """The source's columns; for JSON the keys of all its objects, as they first appear."""
     if source.format in ("csv", "tsv"):
-        return csv_layout(source)[1]
+        return find_dialect(source).columns
     if source.format == "parquet":
-        return _open_parquet(source).columns
+        return parquet_columns(source)
+    if source.format == "excel":
+        from metier.data.excel import sheet_columns
+
+        return sheet_columns(source)
+    if source.format == "text":
+        return TEXT_COLUMNS
     columns: dict[str, None] = {}
     first_problem = None
     for row in read_rows(source):
@@ -55,24 +88,46 @@ def read_columns(source: Source) -> list[str]:
         if row.problem and not first_problem:
             first_problem = f"{row.place or f'row {row.number}'}: {row.problem}"
     if not columns:
-        raise DataError(f"`{source.path}`: no row could be read; {first_problem or 'its objects are empty'}")
+        raise DataError(f"{source.shown}: no row could be read; {first_problem or 'its objects are empty'}")
     if broken := [name for name in columns if name.encode(errors="replace").decode() != name]:
-        raise DataError(
-            f"`{source.path}`: the key {broken[0]!a} holds half of a surrogate pair", hint="export it again"
-        )
+        raise DataError(f"{source.shown}: the key {broken[0]!a} holds half of a surrogate pair", hint="export it again")
     return list(columns)
 
 
 def read_rows(source: Source) -> Iterator[Row]:
-    """Every data row of the file in order, readable or not; blank lines are no rows. Raises `DataError`."""
-    readers = {"csv": read_csv, "tsv": read_csv, "json": read_json, "jsonl": read_jsonl, "parquet": _read_parquet}
+    """Every data row of the source in order, readable or not; blank lines are no rows. Raises `DataError`."""
     count = 0
-    for row in readers[source.format](source):
+    for row in _reader(source.format)(source):
         count += 1
         yield row
     if count == 0:
-        what = "has a header and no rows" if source.format in ("csv", "tsv") else "holds no rows"
-        raise DataError(f"`{source.path}` {what}", hint="take it out of `data.sources`, or export it again")
+        what = "has a header and no rows" if source.format in ("csv", "tsv", "excel") else "holds no rows"
+        raise DataError(f"{source.shown} {what}", hint="take it out of `data.sources`, or export it again")
+
+
+def _reader(name: str) -> Callable[[Source], Iterator[Row]]:
+    if name == "excel":
+        from metier.data.excel import read_excel
+
+        return read_excel
+    readers = {
+        "csv": read_csv, "tsv": read_csv, "json": read_json, "jsonl": read_json, "parquet": read_parquet,
+        "text": read_text,
+    }  # fmt: skip
+    return readers[name]
+
+
+def _format(path: Path) -> str | None:
+    """By the extension, before `.gz` if that is the last; None for a zip archive and for what is not read."""
+    suffixes = [suffix.lower() for suffix in path.suffixes]
+    if suffixes[-1:] == [".gz"]:
+        inner = FORMATS.get(suffixes[-2]) if len(suffixes) > 1 else None
+        return inner
+    return FORMATS.get(path.suffix.lower())
+
+
+def _is_read(path: Path) -> bool:
+    return _format(path) is not None or path.suffix.lower() == ".zip"
 
 
 def _expand(patterns: list[str]) -> list[Path]:
@@ -80,42 +135,79 @@ def _expand(patterns: list[str]) -> list[Path]:
     for pattern in patterns:
         path = Path(os.path.normpath(pattern))
         if path.is_dir():
-            raise DataError(f"the source `{path}` is a folder", hint=f"name its files with a glob: `{path}/*.csv`")
-        if path.exists():
+            found.update(dict.fromkeys(_in_folder(path)))
+        elif path.exists():
             found[path] = None
-            continue
-        if not glob.has_magic(pattern):
+        elif not glob.has_magic(pattern):
             raise DataError(f"there is no source file `{path}`", hint="sources are relative to the recipe's folder")
-        matches = [Path(os.path.normpath(m)) for m in sorted(glob.glob(pattern, recursive=True)) if os.path.isfile(m)]
-        if not matches:
-            raise DataError(
-                f"the source `{pattern}` matches no file", hint="sources are relative to the recipe's folder"
-            )
-        found.update(dict.fromkeys(matches))
+        else:
+            matches = [Path(os.path.normpath(m)) for m in sorted(glob.glob(pattern, recursive=True))]
+            files = [match for match in matches if match.is_file()]
+            if not files:
+                raise DataError(
+                    f"the source `{pattern}` matches no file", hint="sources are relative to the recipe's folder"
+                )
+            found.update(dict.fromkeys(files))
     for path in found:
         if str(path).encode(errors="replace").decode() != str(path):
             raise DataError(f"the file name {str(path)!a} is not UTF-8", hint="rename it, or narrow the glob")
-        if path.suffix.lower() not in FORMATS:
+        if not _is_read(path):
             raise DataError(
-                f"`{path}` has the extension `{path.suffix}`, which is not read; known are {', '.join(FORMATS)}",
-                hint="export it as one of these, or narrow the glob; a spreadsheet can be saved as CSV UTF-8",
+                f"`{path}` has the extension `{path.suffix}`, which is not read; known are {', '.join(FORMATS)}, "
+                "these with .gz, and .zip",
+                hint="export it as one of these, or narrow the glob",
             )
         if not os.access(path, os.R_OK):
             raise DataError(f"no permission to read `{path}`")
     return list(found)
 
 
-def _open_parquet(source: Source) -> polars.DataFrame:
-    try:
-        with source.path.open("rb") as file:
-            return polars.read_parquet(file)
-    except (polars.exceptions.PolarsError, polars.exceptions.PanicException, OSError):
-        raise DataError(
-            f"`{source.path}` is not a Parquet file, or a damaged one ({source.path.stat().st_size} bytes)",
-            hint="export it again",
-        ) from None
+def _in_folder(folder: Path) -> list[Path]:
+    """The files of a folder and of those in it that can be read, hidden ones aside."""
+    files = [
+        path
+        for path in sorted(folder.rglob("*"))
+        if path.is_file() and _is_read(path) and not any(p.startswith(".") for p in path.relative_to(folder).parts)
+    ]
+    if not files:
+        raise DataError(f"the folder `{folder}` holds no file that is read", hint=f"read are {', '.join(FORMATS)}")
+    return files
 
 
-def _read_parquet(source: Source) -> Iterator[Row]:
-    for number, fields in enumerate(_open_parquet(source).iter_rows(named=True), start=1):
-        yield Row(number, fields=fields)
+def _members(source: Source) -> list[Source]:
+    """A zip archive's members: its tables and lists, or where it has none its texts; what is left out is noted."""
+    if source.format != "zip":
+        return [source]
+    members = {member: (name, FORMATS.get(Path(name).suffix.lower())) for member, name in list_members(source.path)}
+    formats = {kind for _, kind in members.values()}
+    if not formats - {None}:
+        raise DataError(f"`{source.path}` holds no file that is read", hint=f"read are {', '.join(FORMATS)}")
+    takes_text = formats <= {None, "text"}
+    taken = [
+        replace(source, name=f"{source.name}/{name}", member=member, format=kind)
+        for member, (name, kind) in members.items()
+        if kind and (takes_text or kind != "text")
+    ]
+    left = len(members) - len(taken)
+    if left:
+        taken[0] = replace(taken[0], note=f"{left} other {'file' if left == 1 else 'files'} of the archive left out")
+    return taken
+
+
+def _parts(source: Source) -> list[Source]:
+    """A workbook's sheets, a JSON file's splits, or the source itself."""
+    if source.format == "excel":
+        from metier.data.excel import sheet_names
+
+        sheets = sheet_names(source.path, source.member)
+        only = len(sheets) == 1
+        return [replace(source, name=source.name if only else f"{source.name}#{sheet}", part=sheet) for sheet in sheets]
+    if source.format == "json" and (splits := read_splits(source)):
+        return [
+            replace(
+                source, name=f"{source.name}#{split}", part=split,
+                is_test=source.is_test or split.casefold() in TEST_SPLITS,
+            )
+            for split in splits
+        ]  # fmt: skip
+    return [source]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import polars
 
@@ -16,31 +16,49 @@ MANY_PER_HAN, MANY_PER_WORD = 1.5, 4.0
 _HAN = re.compile(r"[\u3400-\u9fff]")
 
 
+class Span(NamedTuple):
+    """Where a term stands in a text, and which of its names."""
+
+    start: int
+    end: int
+    name: str
+
+
+def find_terms(domain: Domain, texts: list[str]) -> list[list[Span]]:
+    """Every term in every text: whole words, those with capitals inside only as written; they may overlap."""
+    names = domain.names()
+    if not names:
+        return [[] for _ in texts]
+    by_lower: dict[str, list[tuple[str, re.Pattern[str]]]] = {}
+    for name in names:
+        by_lower.setdefault(name.lower(), []).append((name, whole_word(name)))
+    likely = polars.Series(texts, dtype=polars.String).str.extract_many(
+        names, ascii_case_insensitive=True, overlapping=True
+    )
+    return [
+        [
+            Span(*match.span(), name)
+            for lower in sorted({candidate.lower() for candidate in candidates})
+            for name, pattern in by_lower[lower]
+            for match in pattern.finditer(text)
+        ]
+        for text, candidates in zip(texts, likely, strict=True)
+    ]
+
+
 def coverage(domain: Domain, records: list[Record]) -> dict[str, Any]:
     """How many of the glossary's terms stand in the records, and how many records hold one.
 
     Latin names count as whole words; those with capitals inside (CAR, eGFR) only as written.
     """
-    names = domain.names()
-    texts = ["\n".join(turn["content"] for turn in record.messages) for record in records]
-    if not names:
-        return {"terms": 0, "terms_found": 0, "records_with_a_term": 0, "terms_missing": []}
-    patterns = {name.lower(): whole_word(name) for name in names}
-    likely = polars.Series(texts, dtype=polars.String).str.extract_many(
-        names, ascii_case_insensitive=True, overlapping=True
-    )
-    found: set[str] = set()
-    holding = 0
-    for text, candidates in zip(texts, likely, strict=True):
-        here = {word for word in {c.lower() for c in candidates} if patterns[word].search(text)}
-        holding += bool(here)
-        found |= here
-    known = [any(name.lower() in found for name in (*term.en, *term.zh)) for term in domain.terms]
+    spans = find_terms(domain, ["\n".join(turn["content"] for turn in record.messages) for record in records])
+    found = {span.name for some in spans for span in some}
+    known = [not found.isdisjoint((*term.en, *term.zh)) for term in domain.terms]
     missing = [(term.en or term.zh)[0] for term, is_known in zip(domain.terms, known, strict=True) if not is_known]
     return {
         "terms": len(domain.terms),
         "terms_found": sum(known),
-        "records_with_a_term": holding,
+        "records_with_a_term": sum(map(bool, spans)),
         "terms_missing": missing,
     }
 

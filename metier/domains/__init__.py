@@ -102,16 +102,3 @@ def load_domain(name: str) -> Domain:
         first = error.errors()[0]
         place = ".".join(map(str, first["loc"])) or "the file"
         raise RecipeError(f"`{path}`: `{place}`: {first['msg']}", hint="metier/domains/ holds three packs") from None
-
-
-def terms_pattern(domain: Domain) -> re.Pattern[str] | None:
-    """Finds the names of the domain's terms: Latin ones as whole words, capitals as written where they have any."""
-    if not domain.names():
-        return None
-    parts = []
-    for name in domain.names():
-        word = re.escape(name)
-        is_latin = name.isascii()
-        word = word if not is_latin or any(c.isupper() for c in name[1:]) else f"(?i:{word})"
-        parts.append(f"(?<![A-Za-z0-9]){word}(?![A-Za-z0-9])" if is_latin else word)
-    return re.compile("|".join(parts))

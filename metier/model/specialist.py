@@ -132,7 +132,8 @@ class Specialist:
     ) -> np.ndarray:
         """Log-probability in nats of each choice as the answer to each prompt, without the end-of-turn token.
 
-        float64 [num_prompts, num_choices].
+        float64 [num_prompts, num_choices]. A choice that another one begins with (宪法, 宪法相关法) has the
+        probability of the answers that do not go on to the other; any other's equals `score`.
         """
         if not prompts:
             return np.zeros((0, len(choices)))

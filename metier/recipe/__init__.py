@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from metier.recipe.augment import AugmentConfig
 from metier.recipe.balance import BalanceConfig
+from metier.recipe.clean import CleanConfig
 from metier.recipe.data import DataConfig
 from metier.recipe.dedup import DedupConfig
 from metier.recipe.evaluate import EvaluateConfig
@@ -16,11 +17,13 @@ from metier.recipe.privacy import PrivacyConfig
 from metier.recipe.read import load_recipe, parse_recipe
 from metier.recipe.recipe import CLASSIC, Recipe
 from metier.recipe.section import Section
+from metier.recipe.serve import ServeConfig
 from metier.recipe.train import AdapterConfig, TrainConfig
 
 __all__ = [
     "CLASSIC",
     "AdapterConfig",
+    "CleanConfig",
     "AugmentConfig",
     "BalanceConfig",
     "DataConfig",
@@ -29,6 +32,7 @@ __all__ = [
     "PrivacyConfig",
     "Recipe",
     "Section",
+    "ServeConfig",
     "TrainConfig",
     "load_recipe",
     "parse_recipe",

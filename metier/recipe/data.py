@@ -6,17 +6,30 @@ from typing import Literal
 
 from pydantic import Field
 
-from metier.recipe.section import Section, Size
+from metier.recipe.section import Count, Section, Size
 
 
 class DataConfig(Section):
     """Where the records come from, and what is the prompt and what the answer."""
 
     sources: list[str] = Field(
-        min_length=1, description="Files or globs: CSV, TSV, JSON, JSONL or Parquet, relative to the recipe."
+        min_length=1,
+        description="Files, globs, folders or zip archives, relative to the recipe: CSV, TSV, JSON, JSONL, Parquet, "
+        "Excel, plain text and Markdown, also with .gz.",
     )
     test_sources: list[str] = Field(
         default=[], description="Files that are the test split as they are; then nothing else becomes test."
+    )
+    encoding: str = Field(
+        default="auto",
+        description="`auto` finds UTF-8, UTF-16, GB18030, Big5 and cp1252 by themselves and asks where it is not "
+        "sure; otherwise a name such as gb18030, big5, shift_jis.",
+    )
+    header_line: Count | None = Field(
+        default=None, description="The line of the column names in CSV and Excel files. Found by itself when absent."
+    )
+    passage_chars: Count = Field(
+        default=2000, description="Plain text and Markdown are cut into passages of at most this many characters."
     )
     prompt: str | None = Field(
         default=None,
@@ -29,8 +42,9 @@ class DataConfig(Section):
     text: str | None = Field(default=None, description="The column of plain text, for training on text alone.")
     group_id: str | None = Field(
         default=None,
-        description="The column that names the patient, client or category; no group crosses a split. "
-        "Without it, records with the same prompt stay together.",
+        description="The column that names the patient, client or category; no group crosses a split. Found by itself "
+        "when it has a name such as patient_id, 病历号, customer_id, document; `none` switches that off. Without "
+        "it, records with the same prompt stay together.",
     )
     task: Literal["auto", "classification", "generation"] = Field(
         default="auto",

@@ -9,11 +9,13 @@ from pydantic import Field, model_validator
 
 from metier.recipe.augment import AugmentConfig
 from metier.recipe.balance import BalanceConfig
+from metier.recipe.clean import CleanConfig
 from metier.recipe.data import DataConfig
 from metier.recipe.dedup import DedupConfig
 from metier.recipe.evaluate import EvaluateConfig
 from metier.recipe.privacy import PrivacyConfig
 from metier.recipe.section import Section
+from metier.recipe.serve import ServeConfig
 from metier.recipe.train import AdapterConfig, TrainConfig
 
 
@@ -37,6 +39,7 @@ class Recipe(Section):
         description="`finance`, `medicine`, `education`, or a YAML file of your own: wordings, terms, red lines.",
     )
     data: DataConfig
+    clean: CleanConfig = CleanConfig()
     privacy: PrivacyConfig = PrivacyConfig()
     dedup: DedupConfig = DedupConfig()
     balance: BalanceConfig = BalanceConfig()
@@ -44,6 +47,7 @@ class Recipe(Section):
     adapter: AdapterConfig = AdapterConfig()
     train: TrainConfig = TrainConfig()
     evaluate: EvaluateConfig = EvaluateConfig()
+    serve: ServeConfig = ServeConfig()
 
     @model_validator(mode="after")
     def _consistent(self) -> Recipe:

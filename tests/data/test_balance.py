@@ -17,11 +17,15 @@ from metier.data.balance import left_out, repeated
 from metier.data.lines import Row, Source
 from metier.data.prepare import prepare
 from metier.data.records import Record
-from metier.domains import load_domain, terms_pattern
+from metier.data.terms import Span, find_terms
+from metier.domains import load_domain
 from metier.recipe import AugmentConfig, BalanceConfig, DataConfig, Recipe
 
 MEDICINE = load_domain("medicine")
-TERMS = terms_pattern(MEDICINE)
+
+
+def terms(prompt: str) -> list[Span]:
+    return find_terms(MEDICINE, [prompt])[0]
 
 
 def record(number: int, prompt: str, answer: str, file: str = "a.csv") -> Record:
@@ -118,22 +122,23 @@ def test_a_quantity_keeps_its_meaning_in_another_unit(prompt: str, expected: str
 
 
 def test_terms_change_their_name_unless_they_are_asked_for() -> None:
-    assert TERMS is not None
     prompt = "Signs of atrial fibrillation after surgery"
-    assert swap_term(prompt, "palpitations", MEDICINE, TERMS, random.Random(0)) == "Signs of AF after surgery"
-    assert swap_term(prompt, "AF causes palpitations", MEDICINE, TERMS, random.Random(0)) is None
-    assert swap_term("慢阻肺的症状", "气促", MEDICINE, TERMS, random.Random(0)) == "慢性阻塞性肺疾病的症状"
-    assert swap_term("nothing here", "x", MEDICINE, TERMS, random.Random(0)) is None
+    assert swap_term(prompt, "palpitations", MEDICINE, terms(prompt), random.Random(0)) == "Signs of AF after surgery"
+    assert swap_term(prompt, "AF causes palpitations", MEDICINE, terms(prompt), random.Random(0)) is None
+    assert (
+        swap_term("慢阻肺的症状", "气促", MEDICINE, terms("慢阻肺的症状"), random.Random(0)) == "慢性阻塞性肺疾病的症状"
+    )
+    assert swap_term("nothing here", "x", MEDICINE, [], random.Random(0)) is None
 
 
 def test_typos_touch_no_term_number_or_negation() -> None:
     prompt = "without any hypertension the patient received 250 mg amoxicillin yesterday in WARD12 morning"
     for seed in range(40):
-        text = add_typos(prompt, TERMS, random.Random(seed))
+        text = add_typos(prompt, terms(prompt), random.Random(seed))
         assert text and text != prompt and len(text) == len(prompt) and sorted(text) == sorted(prompt)
         for kept in ("without", "hypertension", "250 mg", "WARD12"):
             assert kept in text
-    assert add_typos("短文本", TERMS, random.Random(0)) is None
+    assert add_typos("短文本", [], random.Random(0)) is None
 
 
 @pytest.mark.parametrize("method", ["instruction", "options", "terms", "units", "typo", "width"])

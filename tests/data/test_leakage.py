@@ -110,7 +110,7 @@ def test_a_patients_label_does_not_leak(tmp_path: Path) -> None:
     for seed in range(3):
         _, table = make(tmp_path / f"{seed}", of_patients(seed), data={"group_id": "patient"})
         by_patient.append(score(table, model()))
-        _, leaky = make(tmp_path / f"row{seed}", of_patients(seed))
+        _, leaky = make(tmp_path / f"row{seed}", of_patients(seed), data={"group_id": "none"})
         by_row.append(score(leaky, model()))
     assert abs(np.mean(by_patient) - 0.5) < 0.12 and np.mean(by_row) > 0.75
 

@@ -107,33 +107,24 @@ def test_csv_text_stays_as_written(tmp_path: Path) -> None:
         ("a.csv", b"a,b\n", "has a header and no rows"),
         ("a.csv", b"a,,b\n1,2,3\n", "column 2 of 3 has no name"),
         ("a.csv", b"a,b, a\n1,2,3\n", "two columns are named `a`"),
-        ("a.csv", b"a,b\r1,2\r", "bare carriage return"),
-        ("a.csv", "a,b\n1,2\n".encode("utf-16-le"), "NUL bytes"),
-        ("a.csv", "a,b\n1,2\n".encode("utf-16"), "not UTF-8: byte 0 does not fit .it is UTF-16"),
-        ("a.csv", "问题,答案\n一,二\n".encode("gb18030"), "not UTF-8: byte 0 does not fit"),
-        ("a.csv", b"a,b\nok,1\n" + "一,二\n".encode("gb18030"), "not UTF-8: byte 12 does not fit"),
-        ("a.jsonl", b'{"a": "ok"}\n{"a": "\xff"}\n', "not UTF-8: byte 19 does not fit"),
-        ("a.json", b"\xef\xbb\xbf[\xff]", "not UTF-8: byte 4 does not fit"),
+        ("a.csv", b"a\0,b\n1,2\n", "NUL bytes"),
+        ("a.json", b"\xef\xbb\xbf[\xff]", "byte 4 does not fit UTF-8"),
         ("a.json", b'[{"a": 1},\n {"a": ]', r"line 2, column 8: not valid JSON: Expecting value"),
-        ("a.json", b'{"a": 1}\n{"a": 2}\n', "line 2, column 1: not valid JSON: Extra data"),
-        ("a.json", b'{"a": 1}', "holds no array of objects"),
+        ("a.json", b'{"a": [1]}', "holds no array of objects"),
         ("a.json", b"[]", "holds no rows"),
         ("a.json", b"  ", "is empty"),
-        ("a.jsonl", b"\n\n", "holds no rows"),
+        ("a.jsonl", b"\n\n", "is empty"),
         ("a.parquet", b"PAR1 this is none", "not a Parquet file"),
-        ("a.xlsx", b"PK", r"extension `\.xlsx`.*\.csv, \.tsv, \.json, \.jsonl, \.parquet"),
+        ("a.xlsx", b"PK", "no Excel workbook, or a damaged one"),
+        ("a.zip", b"PK", "no zip archive, or a damaged one"),
+        ("a.csv.gz", b"\x1f\x8b damaged", "damaged or cut off"),
+        ("a.doc", b"x", r"extension `\.doc`.*\.csv, \.tsv, \.json, \.jsonl, .*\.parquet"),
     ],
 )
 def test_an_unusable_file_is_a_sentence(tmp_path: Path, name: str, content: bytes, sentence: str) -> None:
     with pytest.raises(DataError, match=sentence) as caught:
         rows_of(tmp_path / name, content)
     assert name in caught.value.message
-
-
-def test_another_encoding_is_refused_with_the_way_to_convert_it(tmp_path: Path) -> None:
-    with pytest.raises(DataError) as caught:
-        rows_of(tmp_path / "旧.csv", "问题,答案\n一,二\n".encode("gb18030"))
-    assert caught.value.hint is not None and "iconv -f GB18030 -t UTF-8" in caught.value.hint
 
 
 def test_broken_json_lines_are_rejected_with_line_and_offset(tmp_path: Path) -> None:
@@ -182,7 +173,8 @@ def test_json_arrays_are_read_element_by_element(tmp_path: Path, content: str) -
         (2, "not a JSON object"),
         (3, "not valid JSON: NaN is not JSON"),
     ]
-    assert {row.byte_offset for row in rows} == {-1}
+    places = {(-1, "")} if content.startswith("{") else {(1, "line 1"), (13, "line 1"), (16, "line 1")}
+    assert {(row.byte_offset, row.place) for row in rows} == places
 
 
 def test_parquet_rows_keep_their_types(tmp_path: Path) -> None:
@@ -231,7 +223,7 @@ def test_a_test_file_is_no_training_file_even_when_the_glob_matches_it(tmp_path:
     [
         ("none.csv", "there is no source file"),
         ("*.csv", "matches no file"),
-        (".", "is a folder"),
+        (".", "holds no file that is read"),
         ("*", "matches no file"),
     ],
 )

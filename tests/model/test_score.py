@@ -13,7 +13,7 @@ from metier.errors import LabelError, ModelError
 from metier.model.generate import SamplingParams, generate_ids
 from metier.model.load import load_base
 from metier.model.lora import attach
-from metier.model.score import Trie
+from metier.model.score import Trie, _without_continuations
 from metier.model.specialist import Specialist, load
 from metier.recipe import AdapterConfig
 from tests.model.tiny import save_tiny
@@ -122,6 +122,24 @@ def test_a_trie_shares_what_choices_share() -> None:
     trie = Trie.of([[1, 2, 3], [1, 2, 4], [1, 2], [5]])
     assert trie.tokens == [-1, 1, 2] and trie.parents == [-1, 0, 1]
     assert trie.edges == [[(0, 1), (1, 2), (2, 3)], [(0, 1), (1, 2), (2, 4)], [(0, 1), (1, 2)], [(0, 5)]]
+
+
+def test_a_choice_that_another_begins_with_leaves_it_its_probability(specialist: Specialist) -> None:
+    choices = ["Inj", "Injury", "Injury, late", "Eye"]
+    scores = specialist.score_choices(PROMPTS, choices)
+    plain = np.array([specialist.score([p] * len(choices), choices) for p in PROMPTS])
+    ids = [specialist.renderer.encode(c) for c in choices]
+    assert ids[1][: len(ids[0])] == ids[0] and ids[2][: len(ids[1])] == ids[1], "the choices must be prefixes"
+    want = np.exp(plain)
+    want[:, :2] -= want[:, 1:3]
+    np.testing.assert_allclose(np.exp(scores), want, rtol=1e-3)
+
+
+def test_a_choice_that_always_goes_on_is_not_minus_infinity() -> None:
+    trie = Trie.of([[1], [1, 2], [1, 2, 3], [1, 4], [5]])
+    assert trie.continuations(0) == [1, 3] and trie.continuations(1) == [2] and not trie.continuations(4)
+    scores = _without_continuations(np.array([[-1.0, -1.0, -9.0, -40.0, -3.0]]), trie)
+    assert np.isfinite(scores).all() and scores[0, 0] < -20 and scores[0, 3] == -40
 
 
 def test_load_takes_a_base_and_refuses_an_unfinished_run(tmp_path: Path) -> None:

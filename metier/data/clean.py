@@ -1,0 +1,165 @@
+"""Records -> tidy records, the ones that are left out, and what each rule did.
+
+`clean_record` looks at one record alone, so that it can run over any partition; `clean` runs it over all and then
+looks for what only all of them show: lines that many share, and equal prompts with different labels. A rule that is
+off, or that keeps what it finds, is counted all the same where the count is a warning.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import Counter, defaultdict
+from dataclasses import dataclass, field, replace
+from functools import lru_cache
+from typing import Any
+
+from metier.data.normalize import apply_edits, find_edits, holds_html, is_mojibake
+from metier.data.records import Message, Record, Rejected, Rejection, language_of
+from metier.errors import DataError
+from metier.recipe import CleanConfig
+
+EXAMPLES = 5
+BOILERPLATE_RECORDS = 20
+BOILERPLATE_SHARE = 0.1
+BOILERPLATE_CHARS = 15
+# Changed or found by, in the order of the card; the other rules leave records out and are counted there.
+RULES = ("control", "whitespace", "width", "html", "script", "mojibake", "boilerplate", "contradictions")
+_SPACES = re.compile(r"\s+")
+
+
+@dataclass
+class Cleaned:
+    """`found` has for each rule the places (file and row) of the records that it concerned."""
+
+    records: list[Record]
+    rejected: list[Rejection] = field(default_factory=list)
+    found: dict[str, list[str]] = field(default_factory=lambda: {rule: [] for rule in RULES})
+
+    def report(self, config: CleanConfig) -> dict[str, dict[str, Any]]:
+        """For the manifest: each rule's setting, the number of records and the first of them."""
+        return {
+            rule: {"setting": getattr(config, rule), "records": len(places), "examples": places[:EXAMPLES]}
+            for rule, places in self.found.items()
+        }
+
+
+def clean(records: list[Record], config: CleanConfig) -> Cleaned:
+    """Every rule but the one on contradictions. Raises `DataError` where a rule needs a package that is not there."""
+    cleaned = Cleaned([])
+    for record in records:
+        try:
+            tidy, rules = clean_record(record, config)
+        except Rejected as error:
+            cleaned.rejected.append(Rejection(record.source, record.row, str(error)))
+            continue
+        cleaned.records.append(tidy)
+        for rule in rules:
+            cleaned.found[rule].append(_place(record))
+    _boilerplate(cleaned, config)
+    return cleaned
+
+
+def clean_record(record: Record, config: CleanConfig) -> tuple[Record, set[str]]:
+    """The record with tidy messages, and the rules that changed it or found something. Raises `Rejected`."""
+    rules: set[str] = set()
+    messages: list[Message] = []
+    for message in record.messages:
+        content = message["content"]
+        edits = find_edits(content, config)
+        rules.update(edit.rule for edit in edits)
+        text = apply_edits(content, edits) if edits else content
+        if config.script != "keep" and (converted := _converter(config.script).convert(text)) != text:
+            rules.add("script")
+            text = converted
+        if edits and message["role"] != "text":
+            text = text.strip()
+        if not text.strip():
+            raise Rejected(f"{'answer' if message is record.messages[-1] else 'prompt'} is empty after cleaning")
+        if not config.html and holds_html(text):
+            rules.add("html")
+        if is_mojibake(text):
+            rules.add("mojibake")
+        messages.append({**message, "content": text})
+    prompt = next(m["content"] for m in messages if m["role"] in ("user", "text"))
+    tidy = replace(record, messages=messages, prompt=prompt) if rules else record
+    _refuse(tidy, rules, config)
+    return tidy, rules
+
+
+def contradictions(records: list[Record], policy: str, cleaned: Cleaned) -> list[Record]:
+    """What `policy` takes out of the records of an equal input and different labels, none of a test file's.
+
+    All such records are listed in `cleaned`.
+    """
+    groups: dict[tuple[str, ...], list[Record]] = defaultdict(list)
+    for record in records:
+        groups[tuple(_SPACES.sub(" ", m["content"]).casefold() for m in record.messages[:-1])].append(record)
+    out: list[Record] = []
+    for group in groups.values():
+        labels = Counter(record.answer for record in group)
+        if len(labels) < 2:
+            continue
+        cleaned.found["contradictions"] += map(_place, group)
+        (first, most), (_, second) = labels.most_common(2)
+        winner = first if policy == "majority" and most > second else None
+        if policy != "keep":
+            out += [record for record in group if record.answer != winner and not record.source.is_test]
+    return out
+
+
+def _refuse(record: Record, rules: set[str], config: CleanConfig) -> None:
+    if "mojibake" in rules and config.mojibake == "reject":
+        raise Rejected("text that was read in a wrong encoding (mojibake)")
+    if config.min_chars and len(record.prompt) < config.min_chars:
+        raise Rejected(f"shorter than clean.min_chars ({config.min_chars})")
+    if config.max_chars and sum(len(m["content"]) for m in record.messages) > config.max_chars:
+        raise Rejected(f"longer than clean.max_chars ({config.max_chars})")
+    if config.languages and (language := language_of(record.messages)) not in config.languages:
+        raise Rejected(f"its language is {language}, not {' or '.join(config.languages)}")
+
+
+def _boilerplate(cleaned: Cleaned, config: CleanConfig) -> None:
+    """First and last lines, in texts of several lines, that many records share."""
+    counts: Counter[str] = Counter()
+    for record in cleaned.records:
+        counts.update({line for message in record.messages for line in _ends(message)})
+    least = max(BOILERPLATE_RECORDS, BOILERPLATE_SHARE * len(cleaned.records))
+    shared = {line for line, count in counts.items() if count >= least}
+    if not shared:
+        return
+    for position, record in enumerate(cleaned.records):
+        if not any(line in shared for message in record.messages for line in _ends(message)):
+            continue
+        cleaned.found["boilerplate"].append(_place(record))
+        if config.boilerplate == "remove":
+            messages = [{**message, "content": _without(message, shared)} for message in record.messages]
+            prompt = next(m["content"] for m in messages if m["role"] in ("user", "text"))
+            cleaned.records[position] = replace(record, messages=messages, prompt=prompt)
+
+
+def _ends(message: Message) -> list[str]:
+    """The first and the last line of a text of several lines, where they are long enough to be anything."""
+    lines = message["content"].strip().split("\n") if message["role"] != "system" else []
+    return [end for line in (lines[:1] + lines[-1:]) if len(lines) > 1 and len(end := line.strip()) > BOILERPLATE_CHARS]
+
+
+def _without(message: Message, shared: set[str]) -> str:
+    """The text without such ends; one line always stays."""
+    content = message["content"]
+    while any(line in shared for line in _ends({**message, "content": content})):
+        first, _, rest = content.strip().partition("\n")
+        content = rest.strip() if first.strip() in shared else content.strip().rpartition("\n")[0].strip()
+    return content
+
+
+def _place(record: Record) -> str:
+    return f"{record.source.name}:{record.row.number}"
+
+
+@lru_cache(maxsize=2)
+def _converter(script: str) -> Any:
+    try:
+        import opencc
+    except ImportError:
+        raise DataError("`clean.script` needs the package opencc", hint="pip install 'metier[chinese]'") from None
+    return opencc.OpenCC("t2s" if script == "simplified" else "s2t")
