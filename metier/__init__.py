@@ -5,10 +5,11 @@ from __future__ import annotations
 import importlib
 from typing import Any
 
-__all__ = ["Recipe", "evaluate", "export", "load", "prepare", "run", "serve", "train"]
+__all__ = ["Recipe", "deidentify", "evaluate", "export", "load", "prepare", "run", "serve", "train"]
 
 _HOMES = {
     "Recipe": "metier.recipe",
+    "deidentify": "metier.data.deidentify.rewrite",
     "evaluate": "metier.pipeline",
     "export": "metier.serving.export",
     "load": "metier.model.specialist",

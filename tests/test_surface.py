@@ -13,13 +13,14 @@ from metier.artifacts import complete, work_folder
 from metier.cli import app
 from metier.recipe import Recipe
 
-PUBLIC_NAMES = ["Recipe", "evaluate", "export", "load", "prepare", "run", "serve", "train"]
+PUBLIC_NAMES = ["Recipe", "deidentify", "evaluate", "export", "load", "prepare", "run", "serve", "train"]
 
 RECIPE_KEYS = """
     base revision out preset seed domain
     data.sources data.test_sources data.encoding data.header_line data.sheets data.passage_chars
     data.prompt data.answer data.system data.messages data.text data.group_id data.task
     data.val data.test data.canaries
+    privacy.policy privacy.operators privacy.columns privacy.recognizers privacy.quasi_identifiers privacy.review
     clean.control clean.whitespace clean.width clean.html clean.script clean.mojibake clean.boilerplate
     clean.min_chars clean.max_chars clean.languages clean.contradictions
     dedup.exact dedup.near dedup.threshold dedup.benchmarks

@@ -8,6 +8,8 @@ from __future__ import annotations
 import json
 from typing import Any
 
+from metier.data.deidentify.card import privacy_section, privacy_section_zh
+
 SIZES = ((1_000, "n<1K"), (10_000, "1K<n<10K"), (100_000, "10K<n<100K"), (1_000_000, "100K<n<1M"))
 
 
@@ -48,6 +50,7 @@ each label has its share of every split as far as the groups allow.
 {details["label_conflicts"]} of them with different labels (`conflicts.parquet`).
 {counts["synthetic"]} synthetic records, all in train, each with the record it was made of{_methods(details)}.
 {_domain(details)}
+{privacy_section(details["privacy"])}
 ## Sources
 
 | file | format | rows | kept | merged | rejected | SHA-256 begins |
@@ -70,7 +73,7 @@ Each one is in `rejected.parquet` with its file, row and byte offset.
 
 Whitespace around prompts, answers and template columns is taken off; numbers and booleans become the text they are
 written in; empty system messages are left out. {_cleaning(details["cleaning"])}
-The licence and the personal data of the sources are the concern of whoever gave them: this card knows neither.
+Personal data: as said above. The licence of the sources is the concern of whoever gave them.
 """
     return f"{english}\n{_chinese(details)}"
 
@@ -90,6 +93,7 @@ def _chinese(details: dict[str, Any]) -> str:
 若按行随机划分,则分别为 {by_row["prompt"]}、{by_row["group_id"]}、{by_row["near_duplicate"]} 条。
 合成记录 {counts["synthetic"]} 条,全部在训练集中,并注明来源记录。
 语言:中文 {languages["zh"]} 条,英文 {languages["en"]} 条,其他 {languages["other"]} 条。
+{privacy_section_zh(details["privacy"])}
 去除提示与答案首尾的空白,略去空的系统消息;此外只有上表中设置为 on 的清洗规则改动文本:
 control 去除控制字符与零宽字符,whitespace 统一换行与空格,width 将全角字母、数字、百分号与全角句点转为半角
 (中文标点不变),html 去除标签,script 转换简繁,boilerplate 涉及多条记录共有的首行或末行。

@@ -29,6 +29,7 @@ from metier.data.card import data_card
 from metier.data.clean import clean, contradictions
 from metier.data.croissant import croissant
 from metier.data.dedup import Comparison, find_pairs, join_groups, merge_exact, merge_near
+from metier.data.deidentify.records import Privacy, open_privacy, policy_key, review_lines
 from metier.data.leakage import benchmark_leaks, certify, test_leaks
 from metier.data.lineage import forget_rows, read_forgotten
 from metier.data.lines import Source
@@ -37,7 +38,14 @@ from metier.data.records import Record, Rejected, Rejection, build_record
 from metier.data.roles import Roles, find_roles
 from metier.data.sources import describe_source, find_sources, read_columns, read_rows
 from metier.data.split import split_groups
-from metier.data.tables import conflicts_table, merged_table, parquet_bytes, records_table, rejected_table
+from metier.data.tables import (
+    conflicts_table,
+    merged_table,
+    parquet_bytes,
+    records_table,
+    rejected_table,
+    subjects_table,
+)
 from metier.data.terms import coverage
 from metier.domains import load_domain
 from metier.errors import DataError, RunError
@@ -68,12 +76,13 @@ def prepare(recipe: Recipe, *, out: Path, progress: Callable[[str], None]) -> di
     files, forgotten = _files(recipe), read_forgotten(out)
     digests = {source.name: artifacts.digest_file(source.path) for source in files.every}
     key = _key(recipe, digests, forgotten)
+    privacy = open_privacy(recipe.privacy, domain_policy=_domain_policy(recipe), seed=seed)
     accounts = Accounts([*files.sources, *files.general])
-    roles = _read_all(accounts, files, recipe.data, progress)
+    roles = _read_all(accounts, files, recipe.data, privacy=privacy, progress=progress)
     forget_rows(accounts, forgotten, digests)
     cleaned = clean(accounts.records, recipe.clean)
     accounts.records, accounts.rejected = cleaned.records, accounts.rejected + cleaned.rejected
-    # deidentify: accounts, recipe.privacy -> other messages and group ids, and details["privacy"]
+    accounts.records, details["privacy"], review = privacy.rewrite_records(accounts.records, progress)
     accounts.refuse_too_few()
     task = _task(recipe.data, [record for record in accounts.records if record.method is None])
     if task == "classification":
@@ -98,11 +107,17 @@ def prepare(recipe: Recipe, *, out: Path, progress: Callable[[str], None]) -> di
     progress(f"{counts['kept']:,} of {counts['rows']:,} rows kept, {counts['rejected']:,} rejected")
     tables = {"records": table, "rejected": rejected_table(accounts.rejected)}
     tables |= {"merged": merged_table(accounts.merged), "conflicts": conflicts}
+    if privacy.policy:
+        tables["subjects"] = subjects_table(
+            privacy.subjects(table.select("record_id", "source_file", "source_row").iter_rows())
+        )
     if recipe.data.canaries:
         tables["canaries"] = canaries_table(recipe.data.canaries, seed)
         tables["records"] = plant(table, tables["canaries"])
     work = artifacts.work_folder(out, key)
     try:
+        if privacy.policy:
+            artifacts.write_atomic(work / "privacy_review.jsonl", review_lines(review))
         _write(work, tables, details)
         return artifacts.complete(
             work, out, kind="dataset", key=key, config=recipe.model_dump(include=OWNED), parents={}, started=started,
@@ -141,6 +156,7 @@ def _files(recipe: Recipe) -> _Files:
 def _key(recipe: Recipe, digests: dict[str, str], forgotten: list[dict[str, Any]]) -> str:
     asked: dict[str, Any] = {"stage": "dataset", "recipe": recipe.model_dump(include=OWNED), "sources": digests}
     asked |= {"domain": load_domain(recipe.domain).model_dump()} if recipe.domain else {}
+    asked |= policy_key(recipe.privacy, _domain_policy(recipe))
     asked |= {"forgotten": forgotten} if forgotten else {}
     return artifacts.digest_json(asked)
 
@@ -167,8 +183,12 @@ def _describe(roles: dict[Source, Roles]) -> dict[str, str]:
     return {role: column for found in roles.values() for role, column in found.describe().items()}
 
 
-def _read(source: Source, roles: Roles) -> Iterator[Record | Rejection]:
-    for row in read_rows(source):
+def _domain_policy(recipe: Recipe) -> str | None:
+    return load_domain(recipe.domain).privacy_policy if recipe.domain else None
+
+
+def _read(source: Source, roles: Roles, privacy: Privacy) -> Iterator[Record | Rejection]:
+    for row in map(privacy.rewrite_row, read_rows(source)):
         if row.problem:
             yield Rejection(source, row, row.problem)
             continue
@@ -179,16 +199,18 @@ def _read(source: Source, roles: Roles) -> Iterator[Record | Rejection]:
 
 
 def _read_all(
-    accounts: Accounts, files: _Files, config: DataConfig, progress: Callable[[str], None]
+    accounts: Accounts, files: _Files, config: DataConfig, *, privacy: Privacy, progress: Callable[[str], None]
 ) -> dict[Source, Roles]:
     """Fills `accounts` with records and rejected rows; returns the roles of the recipe's own sources."""
-    roles = _roles(config, {source: read_columns(source) for source in files.sources})
+    columns = {source: read_columns(source) for source in files.sources}
+    roles = _roles(config, columns)
+    privacy.check_columns([name for names in columns.values() for name in names])
     every = dict(roles)
     for source in files.general:
         every[source] = find_roles(DataConfig(sources=config.sources), read_columns(source), source.path)
     for position, source in enumerate(accounts.sources, start=1):
         progress(f"reading {source.name} ({position} of {len(accounts.sources)})")
-        for item in _read(source, every[source]):
+        for item in _read(source, every[source], privacy):
             accounts.rows[source] += 1
             if isinstance(item, Rejection):
                 accounts.rejected.append(item)

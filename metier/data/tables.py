@@ -131,6 +131,11 @@ def conflicts_table(records: list[Record], pairs: list[Pair], task: str) -> pola
     )
 
 
+def subjects_table(found: dict[str, list[str]]) -> polars.DataFrame:
+    """The rows of subjects.parquet: keyed hashes of what was taken out of each record."""
+    return polars.DataFrame(found, schema=dict.fromkeys(("record_id", "subject_hash", "entity_type"), polars.String))
+
+
 def parquet_bytes(table: polars.DataFrame) -> bytes:
     """A Parquet file's content; the same table gives the same bytes."""
     # Through memory, so that a full disk raises the OSError that artifacts turns into a sentence.

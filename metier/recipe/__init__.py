@@ -13,6 +13,7 @@ from metier.recipe.clean import CleanConfig
 from metier.recipe.data import DataConfig
 from metier.recipe.dedup import DedupConfig
 from metier.recipe.evaluate import EvaluateConfig
+from metier.recipe.privacy import PrivacyConfig
 from metier.recipe.read import load_recipe, parse_recipe
 from metier.recipe.recipe import CLASSIC, Recipe
 from metier.recipe.section import Section
@@ -28,6 +29,7 @@ __all__ = [
     "DataConfig",
     "DedupConfig",
     "EvaluateConfig",
+    "PrivacyConfig",
     "Recipe",
     "Section",
     "ServeConfig",

@@ -69,6 +69,8 @@ def parse_recipe(
     dedup = recipe.dedup.model_copy(update={"benchmarks": [located(s) for s in recipe.dedup.benchmarks]})
     balance = recipe.balance.model_copy(update={"general": [located(s) for s in recipe.balance.general]})
     is_file = recipe.domain is not None and recipe.domain.endswith((".yaml", ".yml"))
+    own = recipe.privacy.policy.endswith((".yaml", ".yml"))
+    privacy = recipe.privacy.model_copy(update={"policy": located(recipe.privacy.policy)}) if own else recipe.privacy
     domain = located(recipe.domain) if recipe.domain and is_file else recipe.domain
     base = recipe.base
     is_path = base.startswith((".", "/", "~")) or base.endswith(".gguf") or os.path.exists(located(base))
@@ -76,7 +78,7 @@ def parse_recipe(
     out = _as_path(os.path.expanduser(recipe.out), name)
     return recipe.model_copy(
         update={
-            "data": data, "dedup": dedup, "balance": balance, "domain": domain, "out": out,
+            "data": data, "privacy": privacy, "dedup": dedup, "balance": balance, "domain": domain, "out": out,
             "base": located(base) if is_path else base,
         }
     )  # fmt: skip

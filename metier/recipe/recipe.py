@@ -13,6 +13,7 @@ from metier.recipe.clean import CleanConfig
 from metier.recipe.data import DataConfig
 from metier.recipe.dedup import DedupConfig
 from metier.recipe.evaluate import EvaluateConfig
+from metier.recipe.privacy import PrivacyConfig
 from metier.recipe.section import Section
 from metier.recipe.serve import ServeConfig
 from metier.recipe.train import AdapterConfig, TrainConfig
@@ -39,6 +40,7 @@ class Recipe(Section):
     )
     data: DataConfig
     clean: CleanConfig = CleanConfig()
+    privacy: PrivacyConfig = PrivacyConfig()
     dedup: DedupConfig = DedupConfig()
     balance: BalanceConfig = BalanceConfig()
     augment: AugmentConfig = AugmentConfig()

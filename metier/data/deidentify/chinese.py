@@ -1,0 +1,249 @@
+"""Chinese names -> spans.
+
+A name is a surname with one or two characters after it. Each candidate gets log odds: for its surname, for characters
+that given names use, for what stands left and right of it, and for where a dictionary (jieba's, by rjieba) would cut
+the text; a word such as 白细胞 or 王朝 loses by that. The weights are fitted (zh_name_weights.yaml). Names with a
+middle dot and surnames before a title (张女士) have rules of their own. Limits: a rare surname without any cue is
+missed, and the name of a famous person is a name like any other.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cache
+from importlib import resources
+
+import yaml
+
+from metier.data.deidentify.lexicon import characters, cues, word_set, words
+from metier.data.deidentify.spans import Span
+
+Token = tuple[str, str]  # a word and its part of speech
+WordAt = tuple[int, str, str]  # where a word starts, the word, its part of speech
+
+HAN = "\u3400-\u4dbf\u4e00-\u9fff"
+MIN_POINTS = -1.5
+
+# What stands right before a name: roles, relations, verbs, prepositions.
+# Words after which a name often stands, that stand before much else too.
+# What stands right after a name.
+# Surnames that make other words with a title: 高工, 马路, 老师.
+
+NAME_EDGE = re.compile(r"[\s,.;:!?、。;:,()()\[\]<>《》“”\"'|/=·\-—…@#0-9A-Za-z]")
+
+
+@cache
+def _surnames() -> frozenset[str]:
+    return frozenset(words("zh_surnames"))
+
+
+@cache
+def _rare() -> frozenset[str]:
+    """Surnames that are everyday words too."""
+    return frozenset(words("zh_rare_surnames"))
+
+
+@cache
+def _compound() -> frozenset[str]:
+    return frozenset(words("zh_compound_surnames"))
+
+
+@cache
+def _given() -> frozenset[str]:
+    return characters("zh_given")
+
+
+@cache
+def _terms() -> re.Pattern[str]:
+    long = sorted((word for word in words("zh_terms") if len(word) > 2), key=len, reverse=True)
+    return re.compile("|".join(map(re.escape, long)))
+
+
+@cache
+def _sides() -> tuple[dict[str, float], dict[str, float]]:
+    before = dict.fromkeys(cues("zh_before_weak"), 1.5) | dict.fromkeys(cues("zh_before"), 3.5)
+    return before, dict.fromkeys(cues("zh_after_weak"), 1.5) | dict.fromkeys(cues("zh_after"), 3.5)
+
+
+@cache
+def _weights() -> dict[str, float]:
+    text = resources.files(__package__).joinpath("zh_name_weights.yaml").read_text(encoding="utf-8")
+    weights: dict[str, float] = yaml.safe_load(text)
+    return weights
+
+
+def find_chinese_names(text: str) -> tuple[list[Span], list[tuple[int, int]], list[Token]]:
+    """Spans of folded `text`; the ranges of domain terms, in which nothing is a name; the text cut into words."""
+    import rjieba
+
+    tagged: list[Token] = rjieba.tag(text)
+    protected = [match.span() for match in _terms().finditer(text)]
+    return [*_dotted(text), *_names(text, tagged, protected)], protected, tagged
+
+
+@dataclass(frozen=True, slots=True)
+class Cuts:
+    """Where a dictionary cuts a text: for each character its word, and where words start."""
+
+    word_at: list[WordAt]
+    starts: frozenset[int]
+
+
+def candidates(text: str, tagged: list[Token]) -> Iterator[tuple[int, int, int, Cuts]]:
+    """Every place where a name may be: start, length of the surname, characters after it (0: a title follows)."""
+    cuts, titles = _cuts(tagged), cues("zh_titles")
+    for match in _surname().finditer(text):
+        start, size = match.start(), match.end() - match.start()
+        for given in (0, 1, 2) if text[match.end() : match.end() + 1] in _title_starts() else (1, 2):
+            rest = text[match.end() : match.end() + given]
+            is_han = len(rest) == given and all("\u4e00" <= char <= "\u9fff" for char in rest)
+            if is_han and rest not in titles:
+                yield start, size, given, cuts
+
+
+@cache
+def _surname() -> re.Pattern[str]:
+    """A surname, a compound one first."""
+    single = "".join(name for name in _surnames() if len(name) == 1)
+    return re.compile(f"{'|'.join(sorted(_compound()))}|[{single}]")
+
+
+@cache
+def _title_starts() -> frozenset[str]:
+    return frozenset(title[0] for title in cues("zh_titles"))
+
+
+def _names(text: str, tagged: list[Token], protected: list[tuple[int, int]]) -> Iterator[Span]:
+    blocked = {i for start, end in protected for i in range(start, end)}
+    best: dict[int, tuple[float, int]] = {}
+    for start, size, given, cuts in candidates(text, tagged):
+        if not blocked or not blocked.intersection(range(start, start + size + given)):
+            points = _points(text, start, size, given, cuts)
+            best[start] = max(best.get(start, (MIN_POINTS, 0)), (points, start + size + given))
+    last = 0
+    for start, (points, end) in best.items():
+        if points > MIN_POINTS and start >= last:
+            yield Span(start, end, "PERSON", min(0.55 + max(points, 0) / 20, 0.94))
+            last = end
+
+
+def _cuts(tagged: list[Token]) -> Cuts:
+    word_at: list[WordAt] = []
+    starts = set()
+    for word, tag in tagged:
+        start = len(word_at)
+        starts.add(start)
+        word_at += [(start, word, tag)] * len(word)
+    starts.add(len(word_at))
+    return Cuts(word_at, frozenset(starts))
+
+
+def _points(text: str, start: int, size: int, given: int, cuts: Cuts) -> float:
+    """How much speaks for the name of `size` surname and `given` further characters at `start`: log odds."""
+    if given == 0:
+        return _title_points(text, start, size, cuts.word_at)
+    weights = _weights()
+    return sum(weights.get(mark, 0.0) for mark in marks(text, start, size, given, cuts))
+
+
+def marks(text: str, start: int, size: int, given: int, cuts: Cuts) -> list[str]:
+    """What is seen of a candidate; each mark has its weight in zh_name_weights.yaml."""
+    end = start + size + given
+    grammar = text[start] in cues("zh_grammar_surnames")
+    surname = "double" if size == 2 else "grammar" if grammar else "word" if text[start] in _rare() else "single"
+    known = sum(char in _given() for char in text[start + size : end])
+    found = ["bias", f"surname {surname}", f"given {known} of {given}", f"left {_left(text, start, cuts.word_at)}"]
+    found.append(f"right {_right(text, end, cuts.word_at)}")
+    if text[start:end] in word_set("zh_words"):
+        found.append("is a word")
+    if size == 1 and text[start : start + 2] in word_set("zh_terms"):
+        found.append("begins with a term")
+    return found + _cut_marks(start, end, size, cuts)
+
+
+def _cut_marks(start: int, end: int, size: int, cuts: Cuts) -> list[str]:
+    """Where the dictionary cuts the text around the name, and what it sees in it."""
+    first_start, first, tag = cuts.word_at[start]
+    last_start, last, last_tag = cuts.word_at[end - 1]
+    kind = "name" if tag.startswith("nr") else "other" if tag in ("x", "eng") else "word"
+    if first_start == start and len(first) == end - start:
+        return [f"cut exact {kind}"]
+    found = []
+    if first_start < start:
+        found.append("cut before " + ("name" if tag.startswith("nr") else "word"))
+    elif len(first) == 2 and size == 1:
+        found.append(f"cut head {kind}")
+    elif len(first) > end - start:
+        return [f"cut over {kind}"]
+    if last_start + len(last) > end:
+        found.append("cut after " + ("name" if last_tag.startswith("nr") else "word"))
+    elif last_start == start + size and len(last) == 2:
+        found.append("cut rest " + ("name" if last_tag.startswith("nr") else "word"))
+    if start in cuts.starts and end in cuts.starts:
+        found.append("cut fits")
+    return found
+
+
+def _title_points(text: str, start: int, size: int, word_at: list[WordAt]) -> float:
+    """A surname alone counts only right before a title: 张女士, 欧阳医生."""
+    surname = text[start : start + size]
+    title = max((t for t in cues("zh_titles") if text.startswith(t, start + size)), key=len, default="")
+    if not title or surname in cues("zh_no_surname_before_title"):
+        return -9.0
+    word_start, word, _ = word_at[start]
+    if word_start < start or (len(word) > size and word[size:] != title[: len(word) - size]):
+        return -9.0
+    left = _left(text, start, word_at)
+    if len(title) == 1 and _right(text, start + size + 1, word_at) == "none" and left in ("none", "noun"):
+        return -9.0
+    return 4.0 if surname not in _rare() or left in ("cue", "edge") else MIN_POINTS - 1
+
+
+def _left(text: str, start: int, word_at: list[WordAt]) -> str:
+    """What stands before: a cue, an edge, a weak cue, a word of a kind that names follow, or anything."""
+    before = _sides()[0]
+    if start == 0:
+        return "edge"
+    if NAME_EDGE.match(text[start - 1]):
+        cue = text[max(0, start - 8) : start].rstrip(" :,\t\"'、是为")
+        return "cue" if any(before.get(cue[-n:], 0) > 3 for n in range(2, 7)) else "edge"
+    listed = 0.0
+    for size in range(1, min(start, 5) + 1):
+        listed = max(listed, before.get(text[start - size : start], 0.0))
+    word_start, word, tag = word_at[start - 1]
+    if listed:
+        return "cue" if listed > 3 else "weak"
+    if word_start + len(word) > start:
+        return "none"
+    return "verb" if tag[0] in "vpctdfyru" else "noun" if tag[0] == "n" else "none"
+
+
+def _right(text: str, end: int, word_at: list[WordAt]) -> str:
+    """The same for what stands after."""
+    if end == len(text) or NAME_EDGE.match(text[end]):
+        return "edge"
+    after = _sides()[1]
+    listed = 0.0
+    for size in range(1, 5):
+        listed = max(listed, after.get(text[end : end + size], 0.0))
+    word_start, _, tag = word_at[end]
+    if listed:
+        return "cue" if listed > 3 else "weak" if word_start == end else "inside"
+    return "none" if word_start < end else "verb" if tag[0] in "vpctdfyru" else "noun" if tag[0] == "n" else "none"
+
+
+def _dotted(text: str) -> Iterator[Span]:
+    """买买提·阿不都拉: parts joined by a middle dot, as far as their characters write foreign sounds."""
+    if "·" not in text:
+        return
+    sounds = characters("zh_transliteration")
+    for match in re.finditer(rf"(?<=[{HAN}])·(?=[{HAN}])", text):
+        start, end = match.start(), match.end()
+        while start > 0 and text[start - 1] in sounds and match.start() - start < 8:
+            start -= 1
+        while end < len(text) and text[end] in sounds and end - match.end() < 8:
+            end += 1
+        if match.start() - start >= 2 and end - match.end() >= 2:
+            yield Span(start, end, "PERSON", 0.9)

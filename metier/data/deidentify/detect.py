@@ -1,0 +1,121 @@
+"""Text -> spans of suspected identifiers: all recognizers over folded text, then one rule for what overlaps.
+
+A name that was found surely is then looked for in the rest of the text (Zhang Wei ... Zhang). Domain terms win over
+names, organisations and places found in them. Labels of an earlier pass ([PERSON]) are never touched.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Iterator, Sequence
+
+from metier.data.deidentify.addresses import find_addresses
+from metier.data.deidentify.chinese import find_chinese_names
+from metier.data.deidentify.chinese_places import find_organisations, find_places
+from metier.data.deidentify.english import find_english, is_name_like
+from metier.data.deidentify.english_places import find_english_places
+from metier.data.deidentify.patterns import LABEL, find_patterns
+from metier.data.deidentify.rampart import find_rampart
+from metier.data.deidentify.spans import Span, fold, resolve, unfold
+
+MIN_SCORE = 0.5
+SURE = 0.7
+NAMED = {"PERSON", "ORGANIZATION", "LOCATION", "TITLE"}
+_HAN = re.compile("[\u3400-\u4dbf\u4e00-\u9fff]")
+_LATIN = re.compile("[A-Za-z\u00c0-\u024f]{2}")
+_EDGE = " \t\n\r,.;:、,。;:\"'"
+
+
+def detect(text: str, language: str = "auto", more: Sequence[str] = ()) -> list[Span]:
+    """Spans in `text`, in order, without overlap, each with a score of at least 0.5.
+
+    `language` is zh, en or auto (by the letters in it; a text with both is read as both). `more` names recognizers
+    beside the rules: `rampart`.
+    """
+    return detect_together([text], language, more)[0]
+
+
+def detect_together(texts: Sequence[str], language: str = "auto", more: Sequence[str] = ()) -> list[list[Span]]:
+    """The same for the texts of one record: a name that one of them gives away is found in all of them."""
+    folded = [fold(text) for text in texts]
+    found = [_candidates(text, language, more) for text, _ in folded]
+    names = {name for (text, _), (spans, _) in zip(folded, found, strict=True) for name in _sure_names(text, spans)}
+    result = []
+    for (text, offsets), (spans, protected) in zip(folded, found, strict=True):
+        spans = [s for s in spans + _again(text, names) if not any(a <= s.start and s.end <= b for a, b in protected)]
+        apart = _trimmed(text, resolve(_trimmed(text, spans)))
+        result.append(unfold([s for s in apart if s.end - s.start > 1 or s.score >= SURE], offsets))
+    return result
+
+
+def _candidates(text: str, language: str, more: Sequence[str]) -> tuple[list[Span], list[tuple[int, int]]]:
+    """Everything that the recognizers see in folded `text`, and the ranges that are protected."""
+    has_han = _HAN.search(text) is not None
+    has_latin = _LATIN.search(text) is not None
+    zh = language == "zh" or (language == "auto" and has_han)
+    en = language == "en" or (language == "auto" and has_latin)
+    spans, protected = find_patterns(text, "both" if zh and en else "zh" if zh else "en")
+    if zh and has_han:
+        names, terms, cut = find_chinese_names(text)
+        found = [*names, *find_places(text), *find_organisations(text, cut)]
+        spans += [s for s in found if s.score >= 0.9 or not _touches(s, terms)]
+    if en and has_latin:
+        found, terms = find_english(text)
+        found += find_english_places(text)
+        found += [s for s in find_rampart(text) if is_name_like(text, s)] if "rampart" in more else []
+        spans += [s for s in found if s.score >= 0.9 or s.entity_type not in NAMED or not _inside(s, terms)]
+        spans += find_addresses(text)
+    if "[" in text:
+        protected += [match.span() for match in LABEL.finditer(text)]
+    return [s for s in spans if s.score >= MIN_SCORE], protected
+
+
+def _inside(span: Span, ranges: list[tuple[int, int]]) -> bool:
+    return any(start <= span.start and span.end <= end for start, end in ranges)
+
+
+def _touches(span: Span, ranges: list[tuple[int, int]]) -> bool:
+    return any(start < span.end and span.start < end for start, end in ranges)
+
+
+def _sure_names(text: str, spans: list[Span]) -> set[str]:
+    """The names that were found surely, and in Latin script their parts."""
+    names: set[str] = set()
+    for span in spans:
+        if span.entity_type == "PERSON" and span.score >= SURE:
+            value = text[span.start : span.end]
+            if _HAN.match(value):
+                names |= {value} if len(value) > 1 else set()
+            else:
+                names |= {
+                    part
+                    for part in re.split(r"[\s.]+", value)
+                    if len(part) > 2 and part[0].isupper() and not part.isupper()
+                }
+    return names
+
+
+def _again(text: str, names: set[str]) -> list[Span]:
+    """Where `names` stand in the text; Latin ones as whole words."""
+    found = []
+    for name in sorted(names):
+        start = text.find(name)
+        while start >= 0:
+            end = start + len(name)
+            around = text[max(0, start - 1) : start] + text[end : end + 1]
+            if _HAN.match(name) or not any(char.isalpha() for char in around):
+                found.append(Span(start, end, "PERSON", 0.66))
+            start = text.find(name, end)
+    return found
+
+
+def _trimmed(text: str, spans: Iterable[Span]) -> Iterator[Span]:
+    """The spans without punctuation at their ends; what was nothing else is left out."""
+    for span in spans:
+        start, end = span.start, span.end
+        while start < end and text[start] in _EDGE:
+            start += 1
+        while end > start and text[end - 1] in _EDGE:
+            end -= 1
+        if end > start:
+            yield Span(start, end, span.entity_type, span.score)

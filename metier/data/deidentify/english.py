@@ -1,0 +1,356 @@
+"""English names, organisations and places -> spans; other languages in Latin script as far as the same marks carry.
+
+A run of capitalised words is read word by word: first name, last name, everyday word, medicine's word, place, or
+unknown. Titles, cue words, name lists and what follows (`disease`, `Inc`, `said`) decide. Word lists: lists/README.md.
+Limits: names in lower case are found after a cue or as a first and last name that are no everyday words.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from functools import cache
+
+from metier.data.deidentify.lexicon import cues, word_set, words
+from metier.data.deidentify.spans import Span
+
+LETTER = "A-Za-z\u00c0-\u024f"
+_WORD = re.compile(rf"(?<![0-9{LETTER}])[{LETTER}]+(?:['-][{LETTER}]+)*(?![0-9{LETTER}])")
+_ORG_MORE = re.compile(r"(?:\.?,? ?(?:& )?(?:Co|KGaA|KG|OHG|OG|GesbR|mbH|Inc|Ltd|LLC|LLP|S\.?A|AG)\b\.?)+")
+_ORG_CUES = re.compile(
+    r"\b(?:work(?:s|ed|ing)? (?:at|for|with)|employ(?:ed|er|ee)s? (?:by|at|of|is|:)|job at|position at|"
+    r"hired by|office(?:s)? of|CEO of|founder of|director of|manager at|president of|chairman of|"
+    r"shares? (?:of|in)|stock (?:of|in)|invest(?:ed|ing)? in|acquired by|merger with|company called|"
+    r"company named|account (?:at|with)|customer of|client of|products? (?:of|from)|joined|"
+    r"contract with) $",
+    re.IGNORECASE,
+)
+_BEFORE = re.compile(
+    r"(?:\b(?:name is|named|name's|I'm|I am|this is|it's|called|call me|signed|sincerely|regards|cheers|"
+    r"thanks|thank you|thx|best|dear|hi|hello|hey|attn|attention|contact|contact person|patient|client|"
+    r"customer|student|teacher|employee|"
+    r"nurse|doctor|physician|surgeon|attorney|lawyer|tenant|landlord|guarantor|borrower|beneficiary|"
+    r"applicant|witness|plaintiff|defendant|author|authors|spoke (?:with|to)|talk(?:ed|ing)? (?:with|to)|"
+    r"met(?: with)?|ask(?:ed)?|tell|told|call(?:ed)?|"
+    r"email(?:ed)?|text(?:ed)?|invite[ds]?|wife|husband|spouse|mother|father|mom|dad|son|daughter|brother|"
+    r"sister|friend|partner|boss|colleague|neighbor|cousin|fianc[eé]e?|girlfriend|boyfriend|by|from|to|"
+    r"with|between|and|for|seen by|referred by|written by|discussed with|cc|owner|holder|cardholder|"
+    r"passenger|driver|recipient|sender|name|full name|first name|last name|surname|payee|ms|mr|mrs|"
+    r"dr)[:,]?[ \n\"'(-]{1,3})$",
+    re.IGNORECASE,
+)
+_IN = re.compile(r"\b(?:in|near|from|to|at|visit|visiting|around|outside|for|of) $")
+_WEAK = re.compile(
+    r"\b(?:by|from|to|with|between|and|for|thanks|best|it's|call(?:ed)?|attention)[:,]?[ \n\"'(-]{1,3}$", re.IGNORECASE
+)
+_SELF = re.compile(
+    rf"\b(?i:my name is|my name's|i am called|name:|named|call me|signed,?|mr\.?|mrs\.?|ms\.?|dr\.?|"
+    rf"dear) ((?:[{LETTER}]+(?:['-][{LETTER}]+)*\.?)(?: [{LETTER}]\b\.?)?(?: [{LETTER}]+(?:['-][{LETTER}]+)*)?)"
+)
+_AFTER = re.compile(
+    r"(?:'s (?:mother|father|wife|husband|son|daughter|account|email|address|phone|number|report|birthday|"
+    r"house|card|office|file|record|records|name|case|order|request|new|old|car)\b|,? (?:said|says|wrote|"
+    r"writes|told|asked|asks|called|called|emailed|replied|added|lives|lived|works|worked|was born|is a|"
+    r"was a|has been|is my|is the|and I|will be|would like|wants|needs|went|came|reported|complain|"
+    r"complained|denies|presented|signed|agreed|paid|owes|joined|MD|M\.D|PhD|RN|Jr|Sr|Esq|III|II)\b|"
+    r",? (?:born|aged|age|\d{1,3} years?|DOB|SSN|MRN)\b)"
+)
+
+
+@cache
+def _kinds() -> dict[str, str]:
+    """Each known word's kind: f first name, l last name, b both a word and a name, w word, c city, m medicine's."""
+    kinds = dict.fromkeys(word_set("en_medical"), "m")
+    kinds |= dict.fromkeys((w for w in words("en_cities") if " " not in w), "c")
+    kinds |= dict.fromkeys(words("en_words"), "w")
+    kinds |= dict.fromkeys(words("en_last"), "l")
+    kinds |= dict.fromkeys(words("en_first"), "f")
+    kinds |= dict.fromkeys(words("en_both"), "b")
+    kinds |= {w: "b" for w in words("en_eponyms") if kinds.get(w, "?") in "l?"}
+    nations = [
+        name.lower()
+        for name in (*words("en_countries"), *words("en_nationalities"))
+        if " " not in name and len(name) > 4
+    ]
+    kinds |= dict.fromkeys((name for name in nations if kinds.get(name) != "f"), "w")
+    return kinds | dict.fromkeys(cues("en_no_names"), "w")
+
+
+@cache
+def _word_ends() -> tuple[str, ...]:
+    return tuple(sorted(cues("en_word_ends")))
+
+
+@cache
+def _terms() -> re.Pattern[str]:
+    terms = sorted(words("en_terms"), key=len, reverse=True)
+    return re.compile(rf"(?<![{LETTER}])(?:{'|'.join(map(re.escape, terms))})(?![{LETTER}])")
+
+
+Run = list[re.Match[str]]
+
+
+def find_english(text: str) -> tuple[list[Span], list[tuple[int, int]]]:
+    """Spans of folded `text`, and the ranges of domain terms."""
+    protected = [match.span() for match in _terms().finditer(text)]
+    spans: list[Span] = []
+    if not text.islower():
+        shouting = text.isupper()
+        for run in _runs(text):
+            spans.extend(_read_run(text, run, shouting))
+    spans.extend(_lower_names(text))
+    return spans, protected
+
+
+def is_name_like(text: str, span: Span) -> bool:
+    """Whether a span that a model found may be a name: not a term, an eponym of a disease, or everyday words alone."""
+    if _head_after(text, span.end) or any(
+        m.start() <= span.start and span.end <= m.end() for m in _terms().finditer(text)
+    ):
+        return False
+    value = text[span.start : span.end]
+    found = _WORD.findall(value)
+    return any(char.isdigit() for char in value) or any(kind_of(w) not in "wmt" or w[0].islower() for w in found)
+
+
+def _runs(text: str) -> Iterator[Run]:
+    """Maximal runs of capitalised words, with lower-case particles (de, van) and `&`, `and` before a capital inside."""
+    run: Run = []
+    for word in _WORD.finditer(text):
+        token = word.group()
+        gap = text[run[-1].end() : word.start()] if run else ""
+        joined = gap in (" ", "-", " & ", "\t", "  ") or (gap == ". " and _may_be_short(run[-1].group())) or gap == "."
+        if token[0].isupper():
+            if run and not joined:
+                yield from _closed(run)
+                run = []
+            run.append(word)
+        elif run and gap in (" ", ". ") and token in cues("en_particles") | {"and", "of"}:
+            run.append(word)
+        elif run:
+            yield from _closed(run)
+            run = []
+    if run:
+        yield from _closed(run)
+
+
+def _may_be_short(token: str) -> bool:
+    return len(token) == 1 or token.lower() in cues("en_titles") or token in ("St", "Jr", "Sr", "Mt")
+
+
+def _closed(run: Run) -> Iterator[Run]:
+    while run and run[-1].group()[0].islower():
+        run = run[:-1]
+    if run:
+        yield run
+
+
+def kind_of(word: str) -> str:
+    """The kind of a capitalised word; `?` is unknown, `i` an initial, `t` a title."""
+    low = word.lower()
+    if len(word) == 1:
+        return "w" if word in "AI" else "i"
+    if low in cues("en_titles"):
+        return "t"
+    kind = _kinds().get(low)
+    if word.isupper():
+        return "b" if kind in ("f", "l", "b") else "w"
+    if kind:
+        return kind
+    if re.search("[a-z][A-Z]", word) and not re.match("Mc|Mac|De|Di|La|Le|Van|Von|O'|D'|Fitz", word):
+        return "w"  # MedlinePlus, IgM
+    if low.endswith("'s"):
+        return kind_of(word[:-2])
+    if low.endswith(_word_ends()):
+        return "w"
+    if "-" in word:
+        parts = [kind_of(part) for part in word.split("-") if part]
+        return "w" if "w" in parts or "m" in parts else "l" if "l" in parts or "f" in parts else "?"
+    for suffix in ("s", "es", "ing", "ed", "ly", "er", "ers"):
+        if low.endswith(suffix) and _kinds().get(low[: -len(suffix)]) in ("w", "m"):
+            return "w"
+    return "?"
+
+
+def _kind_in(text: str, word: re.Match[str], shouting: bool) -> str:
+    token = word.group()
+    if len(token) == 1 and text[word.end() : word.end() + 1] == ".":
+        return "i"
+    return kind_of(token.title() if shouting else token)
+
+
+def _read_run(text: str, run: Run, shouting: bool) -> Iterator[Span]:
+    kinds = [_kind_in(text, word, shouting) for word in run]
+    lows = [word.group().lower() for word in run]
+    end = _org_end(lows)
+    if end is not None:
+        first = _org_start(text, run, lows, end)
+        if first is not None:
+            more = _ORG_MORE.match(text, run[end].end())
+            yield Span(run[first].start(), more.end() if more else run[end].end(), "ORGANIZATION", 0.75)
+            return
+    for i, kind in enumerate(kinds):
+        if kind == "t":
+            yield from _titled(text, run, kinds, i)
+    yield from _names_in(text, run, kinds, shouting)
+
+
+def _org_end(lows: list[str]) -> int | None:
+    return next((i for i in range(len(lows) - 1, -1, -1) if lows[i] in cues("en_organisation_ends") and i > 0), None)
+
+
+def _org_start(text: str, run: Run, lows: list[str], end: int) -> int | None:
+    """Where the organisation's own name begins, or None for one that has none: the National Bank."""
+    first = 0
+    while first < end and (
+        lows[first] in cues("en_organisation_generic")
+        or lows[first] in cues("en_no_names")
+        or _starts_sentence(text, run[first])
+    ):
+        if kind_of(run[first].group()) in "l?f" and lows[first] not in cues("en_organisation_generic"):
+            break
+        first += 1
+    own = [
+        low
+        for low in lows[first:end]
+        if low not in cues("en_organisation_generic") and low not in cues("en_organisation_ends")
+    ]
+    strong = lows[end] in (
+        "inc",
+        "llc",
+        "llp",
+        "ltd",
+        "limited",
+        "corp",
+        "corporation",
+        "plc",
+        "gmbh",
+        "ag",
+        "sons",
+        "pty",
+        "bv",
+        "nv",
+        "ohg",
+        "mbh",
+        "kg",
+        "co",
+    )
+    named = [low for low in own if kind_of(low) not in "wm"]
+    return first if own and (strong or named) else None
+
+
+def _starts_sentence(text: str, word: re.Match[str]) -> bool:
+    before = text[: word.start()].rstrip(" \"'(")
+    return not before or before[-1] in ".!?\n:"
+
+
+def _titled(text: str, run: Run, kinds: list[str], i: int) -> Iterator[Span]:
+    """What stands after a title is a name, even if it is a word too: Mr. Baker."""
+    last = i
+    while last + 1 < len(run) and last - i < 3 and (kinds[last + 1] != "w" or last == i) and kinds[last + 1] != "m":
+        last += 1
+    if kinds[min(last, len(run) - 1)] in ("t",) or last == i:
+        return
+    if _head_after(text, run[last].end()):
+        return
+    yield Span(run[i + 1].start(), _without_s(run[last]), "PERSON", 0.93)
+
+
+def _names_in(text: str, run: Run, kinds: list[str], shouting: bool) -> Iterator[Span]:
+    """Names in a run: stretches of name-like words, judged by their kinds and by what stands around them."""
+    i = 0
+    while i < len(run):
+        if kinds[i] not in "flb?ci":
+            i += 1
+            continue
+        if kinds[i] == "b" and _starts_sentence(text, run[i]) and "f" in kinds[i + 1 : i + 2] and len(run) > i + 2:
+            i += 1  # Student Brenda Martinez
+        j = i
+        while j + 1 < len(run) and (kinds[j + 1] in "flb?ci" or _is_particle(run, j + 1)):
+            j += 1
+        stretch = "".join(kinds[i : j + 1])
+        score = _score(text, run[i : j + 1], stretch, shouting)
+        if score >= 0.5:
+            kind = "LOCATION" if set(stretch) == {"c"} else "PERSON"
+            yield Span(run[i].start(), _without_s(run[j]), kind, score)
+        i = j + 1
+
+
+def _is_particle(run: Run, i: int) -> bool:
+    return run[i].group() in cues("en_particles") and i + 1 < len(run)
+
+
+def _score(text: str, stretch: Run, kinds: str, shouting: bool) -> float:
+    if _head_after(text, stretch[-1].end()) or (len(stretch) == 1 and _is_code(stretch[0].group(), shouting)):
+        return 0.0
+    start, end = stretch[0].start(), _without_s(stretch[-1])
+    before = _BEFORE.search(text[max(0, start - 30) : start])
+    strong = before is not None and not _WEAK.search(text[max(0, start - 30) : start])
+    after = _AFTER.match(text, end) is not None
+    names = sum(kind in "fl?" for kind in kinds)
+    evidence = 0.3 * strong + 0.15 * (before is not None) + 0.2 * after
+    if len(kinds.replace("i", "")) >= 2:
+        if shouting and "f" not in kinds:
+            return 0.2
+        has_first = kinds[0] == "f" or (kinds[0] == "b" and stretch[0].group().lower() in word_set("en_first"))
+        base = 0.85 if has_first and names else 0.6 if names >= 2 else 0.5 if has_first else 0.3
+        if _starts_sentence(text, stretch[0]) and kinds[0] == "b" and kinds.count("b") == len(kinds):
+            base -= 0.2
+        return min(base + evidence, 0.95)
+    if kinds.endswith("i") or kinds.startswith("i"):
+        return 0.55 if names else 0.3
+    if shouting:
+        return 0.6 if kinds == "f" and strong else 0.2
+    place = _IN.search(text[max(0, start - 14) : start]) is not None
+    evidence += 0.14 * (place and kinds in "l?c")
+    evidence += 0.1 * (kinds == "?" and stretch[0].group().endswith(tuple(cues("en_town_ends"))))
+    evidence += 0.3 * (_ORG_CUES.search(text[max(0, start - 24) : start]) is not None)
+    evidence += 0.12 * ("-" in stretch[0].group() and kinds == "l")
+    base = {"f": 0.55, "l": 0.42, "?": 0.46, "b": 0.15, "c": 0.5}.get(kinds, 0.0)
+    if _starts_sentence(text, stretch[0]) and not strong:
+        base -= 0.12
+    return min(base + evidence + (0.05 if kinds in "l?" and not _starts_sentence(text, stretch[0]) else 0), 0.9)
+
+
+def _is_code(word: str, shouting: bool) -> bool:
+    """BRCA, eGFR, McDonald is none: several capitals and no vowel-like rest make a code."""
+    return not shouting and len(word) > 1 and word.isupper()
+
+
+def _head_after(text: str, end: int) -> bool:
+    follow = re.match(rf"(?:'s|s')?[ -]([{LETTER}]+)", text[end:])
+    return follow is not None and follow.group(1).lower() in cues("en_heads")
+
+
+def _without_s(word: re.Match[str]) -> int:
+    return word.end() - 2 if word.group().endswith(("'s", "'S")) else word.end()
+
+
+def _lower_names(text: str) -> Iterator[Span]:
+    """Names without capitals: after `my name is` and the like, or a first and a last name that are no words."""
+    for match in _SELF.finditer(text):
+        parts = match.group(1).split(" ")
+        length, taken = 0, 0
+        for part in parts:
+            bare = part.rstrip(".")
+            plain = "wmt" if taken else "wmtb"
+            if (
+                bare in ("a", "i")
+                or bare.lower() in cues("en_particles")
+                or (bare.islower() and len(bare) > 1 and kind_of(bare) in plain)
+            ):
+                break
+            length += len(part) + 1
+            taken += len(bare) > 1
+        if taken:
+            end = match.start(1) + length - 1
+            yield Span(match.start(1), end - text[end - 1 : end].count("."), "PERSON", 0.85)
+    kinds = _kinds()
+    pairs = list(_WORD.finditer(text)) if text.islower() else []
+    for one, two in zip(pairs, pairs[1:], strict=False):
+        if (
+            text[one.end() : two.start()] == " "
+            and kinds.get(one.group()) == "f"
+            and kinds.get(two.group(), "?") in "l?f"
+        ):
+            yield Span(one.start(), _without_s(two), "PERSON", 0.7)

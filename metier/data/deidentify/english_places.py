@@ -1,0 +1,68 @@
+"""English titles, towns, countries, nationalities and firms -> spans, by their forms and by lists.
+
+New Tinamouth and Port Karen are towns, Smith, Jones and Brown a firm, and so is what ends in A/S or GmbH.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from functools import cache
+
+from metier.data.deidentify.english import LETTER, kind_of
+from metier.data.deidentify.lexicon import words
+from metier.data.deidentify.spans import Span
+
+# Smith, Jones and Brown; Smith-Jones is read as a name.
+_FIRM = re.compile(rf"[A-Z][{LETTER}'-]+(?:, [A-Z][{LETTER}'-]+)+,? (?:and|&) [A-Z][{LETTER}'-]+")
+_TOWN = re.compile(
+    rf"(?<![{LETTER}.])(?:New|North|South|East|West|Port|Lake|Saint|St\.|Mount|Fort|San|Santa|El|Los|"
+    rf"Las) ([A-Z][{LETTER}'-]+)"
+)
+_VERSUS = re.compile(rf"((?:[A-Z][{LETTER}'-]+ )*[A-Z][{LETTER}'-]+) vs?\. ((?:d[aeu] )?[A-Z][{LETTER}'-]+)")
+_FORM = re.compile(
+    rf"(?:[A-Z\u00c0-\u00de][{LETTER}'-]+,? (?:& |and )?){{1,5}}(?:A/S|ApS|s\.r\.o|a\.s|d\.o\.o|z o\.o|Oyj?|AB|ASA?|"
+    rf"S\.p\.A|S\.r\.l|SARL|SAS|SA|SL|Kft|Zrt|Bt|B\.V|N\.V|S\.A|S\.L|Ltda|Lda)(?![{LETTER}])\.?"
+)
+_HONORIFIC = re.compile(
+    r"(?<![A-Za-z])(?:(?:Mr|Mrs|Ms|Dr|Prof|Mx)\.|Mrs?|Ms|Miss|Sir|Madame?|Professor|Doctor)(?![A-Za-z])"
+)
+
+
+def find_english_places(text: str) -> list[Span]:
+    """Spans of folded `text`."""
+    spans = [*_firms(text), *_places_and_cases(text)]
+    spans += [Span(*match.span(), "ORGANIZATION", 0.76) for match in _FORM.finditer(text)]
+    spans += [Span(*match.span(), "TITLE", 0.7) for match in _HONORIFIC.finditer(text)]
+    spans += [Span(*match.span(), "COUNTRY", 0.7) for match in _countries().finditer(text)]
+    spans += [Span(*match.span(), "NRP", 0.7) for match in _nationalities().finditer(text)]
+    return spans
+
+
+@cache
+def _countries() -> re.Pattern[str]:
+    names = sorted(words("en_countries"), key=len, reverse=True)
+    return re.compile(rf"(?<![{LETTER}])(?:{'|'.join(map(re.escape, names))})(?![{LETTER}])", re.IGNORECASE)
+
+
+@cache
+def _nationalities() -> re.Pattern[str]:
+    names = sorted(words("en_nationalities"), key=len, reverse=True)
+    return re.compile(rf"(?<![{LETTER}])(?:{'|'.join(map(re.escape, names))})(?:s|es)?(?![{LETTER}])")
+
+
+def _places_and_cases(text: str) -> Iterator[Span]:
+    """New Tinamouth, Port Karen, San Felipe; Romero v. Carpenter."""
+    for match in _TOWN.finditer(text):
+        if kind_of(match.group(1)) in "flb?c":
+            yield Span(*match.span(), "LOCATION", 0.72)
+    for match in _VERSUS.finditer(text):
+        yield Span(*match.span(1), "PERSON", 0.8)
+        yield Span(*match.span(2), "PERSON", 0.8)
+
+
+def _firms(text: str) -> Iterator[Span]:
+    for match in _FIRM.finditer(text) if " and " in text or "&" in text else ():
+        kinds = [kind_of(word) for word in re.findall(rf"[A-Z][{LETTER}'-]+", match.group())]
+        if all(kind in "lfb?c" for kind in kinds):
+            yield Span(*match.span(), "ORGANIZATION", 0.72)

@@ -1,0 +1,233 @@
+"""Records -> rewritten records, the manifest's `privacy`, and the keyed hashes of what was taken out.
+
+prepare makes one `Privacy` and hands it every row (columns that are identifiers as a whole) and then all records (their
+texts). A group_id becomes its keyed hash. No removed value is kept, logged or shown: subjects.parquet holds hashes
+that tell nothing without the key.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import multiprocessing
+import os
+import random
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass, field
+from typing import Any
+
+from metier.data.deidentify.detect import detect
+from metier.data.deidentify.operators import Context, stand_in
+from metier.data.deidentify.policy import NONE, TYPES, Policy, load_policy
+from metier.data.deidentify.residual import planted_recall, small_groups, suspicions
+from metier.data.deidentify.rewrite import rewrite
+from metier.data.lines import Row
+from metier.data.records import Record
+from metier.errors import DataError, RecipeError, did_you_mean
+from metier.keys import keyed_hash, load_key
+from metier.recipe import PrivacyConfig
+
+LOOKED_AT = 2_000
+MANY = 20_000
+PART = 2_000
+
+Rewritten = tuple[list[str], list[tuple[str, str]]]  # the texts of a record; type and keyed hash of what was in them
+
+
+@dataclass
+class Privacy:
+    """The policy at work on one data set; `policy` is None where nothing is to be rewritten."""
+
+    config: PrivacyConfig
+    name: str
+    policy: Policy | None
+    key: bytes
+    seed: int
+    groups: Counter[tuple[str, ...]] = field(default_factory=Counter)
+    found: dict[tuple[str, int], list[tuple[str, str]]] = field(default_factory=dict)
+
+    def rewrite_row(self, row: Row) -> Row:
+        """The row with its identifier columns replaced, and their values in its other columns too."""
+        if self.config.quasi_identifiers and not row.problem:
+            self.groups[tuple(str(row.fields.get(name, "")) for name in self.config.quasi_identifiers)] += 1
+        if self.policy is None or not self.config.columns or row.problem:
+            return row
+        fields = dict(row.fields)
+        for column, entity_type in self.config.columns.items():
+            value = str(fields.get(column) or "").strip()
+            if not value:
+                continue
+            new = stand_in(value, entity_type, self.policy, Context(self.key, subject=str(row.number)))
+            for name, text in fields.items():
+                if name == column:
+                    fields[name] = new
+                elif isinstance(text, str) and len(value) > 1:
+                    fields[name] = text.replace(value, new)
+        return dataclasses.replace(row, fields=fields)
+
+    def check_columns(self, columns: Sequence[str]) -> None:
+        """Raises `DataError` where the recipe names a column that no source has."""
+        for column in (*self.config.columns, *self.config.quasi_identifiers):
+            if column not in columns:
+                raise DataError(
+                    f"`privacy`: no source has a column `{column}`{did_you_mean(column, list(columns))}",
+                    hint="`metier inspect` shows the columns",
+                )
+
+    def rewrite_records(
+        self, records: list[Record], progress: Callable[[str], None]
+    ) -> tuple[list[Record], dict[str, Any], list[dict[str, Any]]]:
+        """The records rewritten, the manifest's entry, and the records for a person to read."""
+        if self.policy is None:
+            return records, self._look(records, progress), []
+        progress(f"taking out personal data ({self.name})")
+        new, touched, counts = [], 0, Counter[str]()
+        for record, (texts, hashes) in zip(records, self._rewritten(records), strict=True):
+            counts.update(entity_type for entity_type, _ in hashes)
+            touched += bool(hashes)
+            if hashes:
+                self.found[record.source.name, record.row.number] = hashes
+            new.append(self._record(record, texts))
+        report = self._report(new, counts, touched)
+        progress(
+            f"{sum(counts.values()):,} identifiers in {touched:,} of {len(new):,} records were replaced; "
+            f"a second look suspects {sum(report['suspected'].values()):,} more in {report['looked_at']:,} records"
+        )
+        return new, report, self._review(new)
+
+    def subjects(self, rows: Iterator[tuple[str, str, int]]) -> dict[str, list[str]]:
+        """record_id, subject_hash and entity_type of what was taken out; `rows` are (record_id, file, row)."""
+        table: dict[str, list[str]] = {"record_id": [], "subject_hash": [], "entity_type": []}
+        for record_id, file, row in rows:
+            for entity_type, hashed in dict.fromkeys(self.found.get((file, row), ())):
+                table["record_id"].append(record_id)
+                table["subject_hash"].append(hashed)
+                table["entity_type"].append(entity_type)
+        return table
+
+    def _record(self, record: Record, texts: list[str]) -> Record:
+        messages = [{**turn, "content": text} for turn, text in zip(record.messages, texts, strict=True)]
+        prompt = next((m["content"] for m in messages if m["role"] in ("user", "text")), record.prompt)
+        group_id = None if record.group_id is None else keyed_hash(record.group_id, self.key)
+        return dataclasses.replace(record, messages=messages, prompt=prompt, group_id=group_id)
+
+    def _rewritten(self, records: list[Record]) -> Iterator[Rewritten]:
+        """In order; with many records on all cores, with the same result."""
+        assert self.policy is not None
+        asked = [([m["content"] for m in r.messages], r.group_id or f"{r.source.name}:{r.row.number}") for r in records]
+        cores = os.cpu_count() or 1
+        if len(records) < MANY or cores == 1:
+            yield from rewrite_part(asked, self.policy, self.key, self.config.recognizers)
+            return
+        parts = [asked[i : i + PART] for i in range(0, len(asked), PART)]
+        given = (self.policy, self.key, self.config.recognizers)
+        # A new interpreter for each: to fork a process in which polars has threads may hang.
+        with ProcessPoolExecutor(min(cores, 16), mp_context=multiprocessing.get_context("spawn")) as pool:
+            for done in pool.map(rewrite_part, parts, *([same] * len(parts) for same in given)):
+                yield from done
+
+    def _look(self, records: list[Record], progress: Callable[[str], None]) -> dict[str, Any]:
+        """With no policy: what would have been found, in a sample."""
+        texts = self._sample(records, LOOKED_AT)
+        quiet = {"TITLE", "NRP", "COUNTRY", "AGE", "LOCATION", "ORGANIZATION", "DATE", "URL"}
+        counts = Counter(s.entity_type for text in texts for s in detect(text) if s.entity_type not in quiet)
+        if counts:
+            shown = ", ".join(f"{kind} {count:,}" for kind, count in counts.most_common(5))
+            progress(
+                f"privacy: nothing was taken out, and {len(texts):,} records looked at hold about "
+                f"{sum(counts.values()):,} identifiers of people ({shown}); set `privacy.policy`, or `none` to say so"
+            )
+        report = {"policy": self.name, "looked_at": len(texts), "suspected_by_type": dict(sorted(counts.items()))}
+        return report | self._k_anonymity()
+
+    def _report(self, records: list[Record], counts: Counter[str], touched: int) -> dict[str, Any]:
+        assert self.policy is not None
+        texts = self._sample(records, LOOKED_AT)
+        suspected = Counter(kind for text in texts for _, _, kind in suspicions(text, self.key))
+        return {
+            "policy": self.name,
+            "law": self.policy.law,
+            "standing": "pseudonymised: whoever holds the key can link" if self.policy.needs_key else "de-identified",
+            "replaced": {
+                kind: {"count": n, "operator": self.policy.operators[kind]} for kind, n in sorted(counts.items())
+            },
+            "records_touched": touched,
+            "classes": list(self.policy.classes),
+            "looked_at": len(texts),
+            "suspected": dict(sorted(suspected.items())),
+            "planted": planted_recall(texts, self.seed),
+        } | self._k_anonymity()
+
+    def _k_anonymity(self) -> dict[str, Any]:
+        if not self.config.quasi_identifiers:
+            return {}
+        return {"quasi_identifiers": self.config.quasi_identifiers, "k_anonymity": small_groups(self.groups)}
+
+    def _sample(self, records: list[Record], most: int) -> list[str]:
+        chosen = records if len(records) <= most else random.Random(self.seed).sample(records, most)
+        return ["\n".join(m["content"] for m in record.messages) for record in chosen]
+
+    def _review(self, records: list[Record]) -> list[dict[str, Any]]:
+        """Rewritten records for a person: those that the second look suspects first, then by chance."""
+        rng = random.Random(self.seed)
+        pool = rng.sample(records, min(len(records), LOOKED_AT))
+        marked = [(record, suspicions("\n".join(m["content"] for m in record.messages), self.key)) for record in pool]
+        marked.sort(key=lambda item: -len(item[1]))
+        half = [item for item in marked if item[1]][: self.config.review // 2]
+        rest = [item for item in marked[len(half) :] if item not in half]
+        rng.shuffle(rest)
+        return [
+            {"source_file": r.source.name, "source_row": r.row.number, "messages": r.messages, "suspected": found}
+            for r, found in (half + rest)[: self.config.review]
+        ]
+
+
+def open_privacy(config: PrivacyConfig, *, domain_policy: str | None, seed: int) -> Privacy:
+    """The recipe's policy, ready for the rows.
+
+    Raises `RecipeError` for a policy, type or operator that there is not, `RunError` where the key cannot be read.
+    """
+    name = config.policy if config.policy != "auto" else domain_policy or NONE
+    for column, entity_type in config.columns.items():
+        if entity_type not in TYPES:
+            near = did_you_mean(entity_type, TYPES)
+            raise RecipeError(
+                f"privacy.columns: `{column}` has no known type `{entity_type}`{near}", hint=", ".join(TYPES)
+            )
+    if name == NONE:
+        return Privacy(config, name, None, b"", seed)
+    policy = load_policy(name, dict(config.operators))
+    if missing := [t for t in config.columns.values() if t not in policy.operators]:
+        raise RecipeError(f"privacy.columns: the policy `{policy.name}` has no operator for {', '.join(missing)}")
+    return Privacy(config, policy.name, policy, load_key(), seed)
+
+
+def policy_key(config: PrivacyConfig, domain_policy: str | None) -> dict[str, str]:
+    """What of the policy and of the key changes the data set, for the stage's key; neither can be read from it."""
+    privacy = open_privacy(config, domain_policy=domain_policy, seed=0)
+    if privacy.policy is None:
+        return {}
+    return {"policy": privacy.policy.text, "key": keyed_hash("fingerprint", privacy.key, purpose="fingerprint")}
+
+
+def rewrite_part(
+    asked: list[tuple[list[str], str]], policy: Policy, key: bytes, more: Sequence[str] = ()
+) -> list[Rewritten]:
+    """(texts, subject) of some records -> their rewritten texts, and type and keyed hash of each replaced value."""
+    done = []
+    for texts, subject in asked:
+        rewritten = rewrite(texts, policy, key=key, subject=subject, more=more)
+        hashes = [
+            (span.entity_type, keyed_hash(text[span.start : span.end], key))
+            for text, (_, spans) in zip(texts, rewritten, strict=True)
+            for span in spans
+        ]
+        done.append(([text for text, _ in rewritten], hashes))
+    return done
+
+
+def review_lines(review: list[dict[str, Any]]) -> bytes:
+    """privacy_review.jsonl."""
+    return "".join(json.dumps(entry, ensure_ascii=False) + "\n" for entry in review).encode()

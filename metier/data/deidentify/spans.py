@@ -1,0 +1,81 @@
+"""Spans, the rule for overlapping ones, and text folded so that every offset leads back to the input.
+
+Folding makes full-width characters, other scripts' digits, odd spaces and dashes plain, one code point to one, and
+leaves out zero-width characters; a map of offsets exists only where something was left out.
+"""
+
+from __future__ import annotations
+
+import re
+import unicodedata
+from collections.abc import Iterable
+from dataclasses import dataclass
+from functools import cache
+
+
+@dataclass(frozen=True, slots=True, order=True)
+class Span:
+    """A suspected identifier: text[start:end] of the input (code points), its type, and how sure (0 to 1)."""
+
+    start: int
+    end: int
+    entity_type: str
+    score: float
+
+
+# Zero-width and bidirectional marks, soft hyphens, variation selectors.
+_INVISIBLE = re.compile(
+    "[\u00ad\u034f\u061c\u180e\u200b-\u200f\u202a-\u202e\u2060-\u2064\u2066-\u206f\ufe00-\ufe0f\ufeff]"
+)
+
+
+@cache
+def _table() -> dict[int, str]:
+    table = {code: chr(code - 0xFEE0) for code in range(0xFF01, 0xFF5F)}
+    table |= dict.fromkeys((0x00A0, 0x1680, *range(0x2000, 0x200B), 0x202F, 0x205F, 0x3000), " ")
+    table |= dict.fromkeys((*range(0x2010, 0x2016), 0x2212, 0xFE58, 0xFE63), "-")
+    table |= {0x2018: "'", 0x2019: "'", 0x201C: '"', 0x201D: '"', 0x30FB: "·", 0x2022: "·", 0x2027: "·"}
+    for code in range(0x660, 0x1E950):  # Arabic-Indic to Adlam digits
+        if unicodedata.category(chr(code)) == "Nd" and chr(code) > "\xff":
+            table[code] = str(unicodedata.digit(chr(code)))
+    return table
+
+
+def fold(text: str) -> tuple[str, list[int] | None]:
+    """The folded text, and each of its characters' offset in `text` (None: the same)."""
+    if text.isascii():
+        return text, None
+    folded = text.translate(_table())
+    if not _INVISIBLE.search(folded):
+        return folded, None
+    offsets = [i for i, char in enumerate(folded) if not _INVISIBLE.match(char)]
+    return "".join(folded[i] for i in offsets), offsets
+
+
+def unfold(spans: Iterable[Span], offsets: list[int] | None) -> list[Span]:
+    """Spans of the folded text as spans of the input."""
+    if offsets is None:
+        return list(spans)
+    return [Span(offsets[s.start], offsets[s.end - 1] + 1, s.entity_type, s.score) for s in spans]
+
+
+def resolve(spans: Iterable[Span]) -> list[Span]:
+    """Spans without overlap, in order. The higher score wins, then the longer span, then the earlier one.
+
+    What sticks out of a beaten span by two characters or more keeps its own type: no part of an identifier is left in
+    the open.
+    """
+    kept: list[Span] = []
+    for span in sorted(set(spans), key=lambda s: (-s.score, s.start - s.end, s.start, s.entity_type)):
+        pieces = [(span.start, span.end)]
+        for other in kept:
+            pieces = [p for piece in pieces for p in _minus(piece, other)]
+        kept += [Span(start, end, span.entity_type, span.score) for start, end in pieces]
+    return sorted(kept)
+
+
+def _minus(piece: tuple[int, int], other: Span) -> list[tuple[int, int]]:
+    start, end = piece
+    if other.end <= start or end <= other.start:
+        return [piece]
+    return [(a, b) for a, b in ((start, min(end, other.start)), (max(start, other.end), end)) if b - a > 1]
