@@ -54,11 +54,7 @@ def serve(
 
 def _redaction() -> Any:
     """Policy -> what takes personal data out of an answer, as it was taken out of the training data."""
-    import metier
-
-    deidentify = getattr(metier, "deidentify", None)
-    if deidentify is None:
-        return None
+    from metier.data.deidentify.rewrite import deidentify
 
     def redact_by(policy: str) -> Any:
         def redact(text: str) -> tuple[str, list[str]]:

@@ -182,7 +182,7 @@ def _guard(run: Path, redact_by: RedactBy | None) -> Guard:
         return Guard()
     recipe = load_recipe(path)
     domain = load_domain(recipe.domain) if recipe.domain else None
-    policy: str = getattr(getattr(recipe, "privacy", None), "policy", "auto")
+    policy = recipe.privacy.policy
     if policy == "auto":
         policy = domain.privacy_policy if domain else "none"
     return Guard(recipe.serve, domain, redact_by(policy) if redact_by and policy != "none" else None)

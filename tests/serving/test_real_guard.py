@@ -11,8 +11,6 @@ from metier.cli.serve import _redaction
 from metier.serving.guard import Acts
 from metier.serving.models import open_models
 
-pytest.importorskip("metier.data.deidentify.rewrite")
-
 RECIPE = """
 base: {base}
 out: run
