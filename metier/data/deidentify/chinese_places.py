@@ -6,6 +6,7 @@ ending back to the first word that cannot belong to it. 本公司, 商业银行 
 
 from __future__ import annotations
 
+import bisect
 import re
 from collections.abc import Iterator
 from functools import cache
@@ -84,7 +85,7 @@ def find_organisations(text: str, tagged: list[Token]) -> Iterator[Span]:
         starts.append(position)
         position += len(word)
     for match in _ORG_END.finditer(text):
-        index = next((i for i in range(len(starts) - 1, -1, -1) if starts[i] <= match.start()), 0)
+        index = max(0, bisect.bisect_right(starts, match.start()) - 1)
         if starts[index] == match.start():
             index -= 1
         begin = match.start()
@@ -98,7 +99,8 @@ def find_organisations(text: str, tagged: list[Token]) -> Iterator[Span]:
             index -= 1
         cut = [(m.end(), m.group()) for m in _ORG_CUT.finditer(text[begin : match.start()])]
         begin += cut[-1][0] if cut else 0
-        own = [tag for start, (_, tag) in zip(starts, tagged, strict=True) if begin <= start < match.start()]
+        inside = slice(bisect.bisect_left(starts, begin), bisect.bisect_left(starts, match.start()))
+        own = [tag for _, tag in tagged[inside]]
         if match.start() - begin >= 2 and _has_own_name(text[begin : match.start()], own, match.group()):
             yield Span(begin, match.end(), "ORGANIZATION", 0.7)
 

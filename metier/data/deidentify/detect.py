@@ -12,7 +12,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from metier.data.deidentify.addresses import find_addresses
 from metier.data.deidentify.chinese import find_chinese_names
 from metier.data.deidentify.chinese_places import find_organisations, find_places
-from metier.data.deidentify.english import find_english, is_name_like
+from metier.data.deidentify.english import LETTER, find_english, is_name_like
 from metier.data.deidentify.english_places import find_english_places
 from metier.data.deidentify.patterns import LABEL, find_patterns
 from metier.data.deidentify.rampart import find_rampart
@@ -23,6 +23,11 @@ SURE = 0.7
 NAMED = {"PERSON", "ORGANIZATION", "LOCATION", "TITLE"}
 _HAN = re.compile("[\u3400-\u4dbf\u4e00-\u9fff]")
 _LATIN = re.compile("[A-Za-z\u00c0-\u024f]{2}")
+# A longer text is read in parts, cut between words, so that the work grows with its length and not faster.
+PART = 4_000
+# A run of letters as long as this is no word, and names are not looked for in it.
+_NO_WORD = re.compile(f"[{LETTER}'-]{{64,}}")
+_WORD = re.compile(r"[^\W\d_]+")
 _EDGE = " \t\n\r,.;:、,。;:\"'"
 
 
@@ -54,20 +59,43 @@ def _candidates(text: str, language: str, more: Sequence[str]) -> tuple[list[Spa
     has_latin = _LATIN.search(text) is not None
     zh = language == "zh" or (language == "auto" and has_han)
     en = language == "en" or (language == "auto" and has_latin)
+    spans: list[Span] = []
+    protected: list[tuple[int, int]] = []
+    for at, part in _parts(text):
+        found, kept = _read(part, zh, en, more)
+        spans += [Span(s.start + at, s.end + at, s.entity_type, s.score) for s in found if s.score >= MIN_SCORE]
+        protected += [(start + at, end + at) for start, end in kept]
+    return spans, protected
+
+
+def _parts(text: str) -> Iterator[tuple[int, str]]:
+    """(offset, part) of at most PART characters, cut after a line, a sentence or a word where there is one."""
+    start = 0
+    while len(text) - start > PART:
+        end = start + PART
+        cuts = (text.rfind(mark, start + PART // 2, end) for mark in ("\n", "。", ". ", "，", " "))
+        cut = next((c + 1 for c in cuts if c >= 0), end)
+        yield start, text[start:cut]
+        start = cut
+    yield start, text[start:]
+
+
+def _read(text: str, zh: bool, en: bool, more: Sequence[str]) -> tuple[list[Span], list[tuple[int, int]]]:
     spans, protected = find_patterns(text, "both" if zh and en else "zh" if zh else "en")
-    if zh and has_han:
+    if zh and _HAN.search(text):
         names, terms, cut = find_chinese_names(text)
         found = [*names, *find_places(text), *find_organisations(text, cut)]
         spans += [s for s in found if s.score >= 0.9 or not _touches(s, terms)]
-    if en and has_latin:
-        found, terms = find_english(text)
-        found += find_english_places(text)
+    if en and _LATIN.search(text):
+        words = _NO_WORD.sub(lambda match: "x" * len(match.group()), text)
+        found, terms = find_english(words)
+        found += find_english_places(words)
         found += [s for s in find_rampart(text) if is_name_like(text, s)] if "rampart" in more else []
         spans += [s for s in found if s.score >= 0.9 or s.entity_type not in NAMED or not _inside(s, terms)]
-        spans += find_addresses(text)
+        spans += find_addresses(words)
     if "[" in text:
         protected += [match.span() for match in LABEL.finditer(text)]
-    return [s for s in spans if s.score >= MIN_SCORE], protected
+    return spans, protected
 
 
 def _inside(span: Span, ranges: list[tuple[int, int]]) -> bool:
@@ -97,8 +125,9 @@ def _sure_names(text: str, spans: list[Span]) -> set[str]:
 
 def _again(text: str, names: set[str]) -> list[Span]:
     """Where `names` stand in the text; Latin ones as whole words."""
-    found = []
-    for name in sorted(names):
+    plain = {name for name in names if name.isalpha() and not _HAN.match(name)}
+    found = [Span(*m.span(), "PERSON", 0.66) for m in _WORD.finditer(text) if m.group() in plain] if plain else []
+    for name in sorted(names - plain):
         start = text.find(name)
         while start >= 0:
             end = start + len(name)

@@ -6,6 +6,7 @@ leaves out zero-width characters; a map of offsets exists only where something w
 
 from __future__ import annotations
 
+import bisect
 import re
 import unicodedata
 from collections.abc import Iterable
@@ -65,13 +66,20 @@ def resolve(spans: Iterable[Span]) -> list[Span]:
     What sticks out of a beaten span by two characters or more keeps its own type: no part of an identifier is left in
     the open.
     """
-    kept: list[Span] = []
+    kept: list[Span] = []  # in order of their starts, and apart from each other
     for span in sorted(set(spans), key=lambda s: (-s.score, s.start - s.end, s.start, s.entity_type)):
         pieces = [(span.start, span.end)]
-        for other in kept:
-            pieces = [p for piece in pieces for p in _minus(piece, other)]
-        kept += [Span(start, end, span.entity_type, span.score) for start, end in pieces]
-    return sorted(kept)
+        at = max(0, bisect.bisect_right(kept, span.start, key=_start) - 1)
+        while at < len(kept) and kept[at].start < span.end:
+            pieces = [p for piece in pieces for p in _minus(piece, kept[at])]
+            at += 1
+        for start, end in pieces:
+            bisect.insort(kept, Span(start, end, span.entity_type, span.score), key=_start)
+    return kept
+
+
+def _start(span: Span) -> int:
+    return span.start
 
 
 def _minus(piece: tuple[int, int], other: Span) -> list[tuple[int, int]]:
