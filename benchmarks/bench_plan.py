@@ -50,7 +50,8 @@ def make_base(shape: str, precision: str) -> Any:
     import transformers
     from torch import nn
 
-    from metier.model.load import Base, empty_model, storage_of
+    from metier.model.device import storage_of
+    from metier.model.load import Base, empty_model
     from metier.model.quantise import quantise_linear
 
     device, storage = torch.device("cuda"), storage_of(precision.partition(",")[0])  # type: ignore[arg-type]

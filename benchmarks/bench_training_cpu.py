@@ -80,7 +80,8 @@ def run_metier(folder: Path, precision: str) -> dict[str, Any]:
     import safetensors.torch
 
     from metier.model.chat import Rendered
-    from metier.model.load import load_base, resolve_device, resolve_precision
+    from metier.model.device import resolve_device, resolve_precision
+    from metier.model.load import load_base
     from metier.model.lora import attach
     from metier.recipe import AdapterConfig
     from metier.training.loop import Trainer
@@ -261,7 +262,7 @@ def main() -> None:
         return work(arguments.contender, arguments.folder)
 
     from metier import pipeline
-    from metier.model.load import resolve_device, resolve_precision
+    from metier.model.device import resolve_device, resolve_precision
     from metier.recipe import load_recipe
 
     has_bf16 = str(resolve_precision("auto", resolve_device("cpu"))) == "torch.bfloat16"

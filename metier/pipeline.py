@@ -157,14 +157,8 @@ def _train(recipe: Recipe, out: Path, ui: Ui) -> None:
 
 
 def _train_adapter(recipe: Recipe, out: Path, key: str, ui: Ui) -> None:
-    from metier.model.load import (
-        empty_model,
-        load_base,
-        read_config,
-        resolve_device,
-        resolve_precision,
-        storage_of,
-    )
+    from metier.model.device import resolve_device, resolve_precision, storage_of
+    from metier.model.load import empty_model, load_base, read_config
     from metier.model.resolve import resolve_base
     from metier.training.cards import card_here
     from metier.training.fit import precision_that_fits

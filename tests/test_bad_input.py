@@ -446,7 +446,7 @@ def test_a_broken_row_among_good_ones_is_rejected_and_counted(
     result = metier("prepare", "some.yaml", "--out", "other")
     assert result.code == 0, result.err
     assert SECRET not in result.out + result.err
-    assert f"kept + {number} rejected" in result.out
+    assert f" + {number} rejected" in result.out
     rejected = polars.read_parquet(here / "other/dataset/rejected.parquet")["reason"].to_list()
     assert rejected == ([reason] if number else [])
 

@@ -34,7 +34,8 @@ def plan(
     """
     import torch
 
-    from metier.model.load import empty_model, read_config, resolve_device
+    from metier.model.device import resolve_device
+    from metier.model.load import empty_model, read_config
     from metier.recipe import load_recipe
     from metier.training.cards import GIB, card_here, card_named, measured
     from metier.training.fit import cannot_fit, fit

@@ -94,8 +94,6 @@ class AdapterBank:
             self._put(where, layer.base)
             if where not in self._layers:
                 self._layers[where] = BankLinear(layer.base, self._selection)
-            if not (layer.lora_a.isfinite().all() and layer.lora_b.isfinite().all()):
-                raise ModelError(f"`{folder}` has weights that are no numbers (NaN or infinite), in `{where}` first")
             self._layers[where].add(number, layer.lora_a.detach(), layer.lora_b.detach() * layer.scaling)
         self.base.model.requires_grad_(False)
         for where, bank_layer in self._layers.items():

@@ -16,7 +16,7 @@ import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import accelerate
 import tokenizers
@@ -38,10 +38,6 @@ from metier.model.template_check import check_template
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "tekken.json")
 # Its type hints are partial: what comes out of it is checked here, not by the type checker.
 _hf: Any = transformers
-
-
-Device = Literal["auto", "cpu", "cuda"]
-Precision = Literal["auto", "fp32", "bf16", "fp16", "fp8", "nf4"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -219,60 +215,6 @@ def others_tokenizer(path: Path) -> Any:
         return _hf.AutoTokenizer.from_pretrained(path, trust_remote_code=False, local_files_only=True)
     except Exception as error:  # as in `load_tokenizer`
         raise ModelError(f"the tokenizer in `{path}` cannot be read: {first_line(error)}") from error
-
-
-def tokens_per_pass(device: torch.device) -> int:
-    """How many tokens one forward pass takes at most when nothing else is asked for."""
-    return 1024 if device.type == "cpu" else 8192
-
-
-def resolve_device(name: Device) -> torch.device:
-    """`auto` is the GPU when there is one. Raises `ModelError` when `cuda` is asked for and there is none."""
-    if name == "cpu" or (name == "auto" and not torch.cuda.is_available()):
-        return torch.device("cpu")
-    if not torch.cuda.is_available():
-        reason = "sees no GPU" if torch.version.cuda else "is built without CUDA"
-        raise ModelError(
-            f"`device: cuda` was asked for, and this torch ({torch.__version__}) {reason}",
-            hint="`device: auto` or `cpu` runs here; for a GPU install torch's CUDA build and check `nvidia-smi`",
-        )
-    return torch.device("cuda", torch.cuda.current_device())
-
-
-def resolve_precision(name: Precision, device: torch.device, *, progress: Progress = say) -> torch.dtype:
-    """The dtype of the arithmetic on `device`, and of the frozen base unless `storage_of` says otherwise.
-
-    `auto` is bf16 where the device has units for it (compute capability 8.0 and up; AVX512-BF16 or AMX),
-    else fp16 on a GPU and fp32 on a CPU. bf16 on a CPU without units is allowed, with a word of warning: it
-    was measured 9 times slower than fp32. fp8 and nf4 compute in what `auto` takes. Raises `ModelError` for fp16 on a
-    CPU, bf16 on an older GPU, and fp8 and nf4 where the device has no way to multiply them.
-    """
-    if device.type == "cuda":
-        has_bf16 = torch.cuda.get_device_capability(device) >= (8, 0)
-    else:
-        # Without the query (torch before 2.13) fp32 is the safe answer.
-        capabilities: dict[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()
-        has_bf16 = any(capabilities.get(unit, False) for unit in ("avx512_bf16", "amx_bf16"))
-    check_storage(storage_of(name), device)
-    if name in ("auto", "fp8", "nf4"):
-        without = torch.float16 if device.type == "cuda" else torch.float32
-        return torch.bfloat16 if has_bf16 else without
-    if name == "fp16" and device.type == "cpu":
-        raise ModelError("`precision: fp16` needs a GPU", hint="`precision: auto` picks the fastest on this CPU")
-    if name == "bf16" and not has_bf16:
-        if device.type == "cuda":
-            raise ModelError(
-                f"`precision: bf16` needs a GPU of compute capability 8.0 or newer, and "
-                f"{torch.cuda.get_device_name(device)} is older",
-                hint="`precision: auto` takes fp16 on it",
-            )
-        progress("precision: bf16 is slow on this CPU, which has no units for it; fp32 is several times faster")
-    return {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[name]
-
-
-def storage_of(name: Precision) -> Storage:
-    """How `precision` keeps the linear layers' weights."""
-    return name if name in ("fp8", "nf4") else "dense"
 
 
 def _check_architecture(path: Path, progress: Progress) -> None:

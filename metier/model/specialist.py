@@ -16,17 +16,9 @@ import numpy as np
 from metier.artifacts import read_manifest
 from metier.errors import LabelError, ModelError
 from metier.model.chat import IGNORE_INDEX, Message, Renderer, eos_token_ids
+from metier.model.device import Device, Precision, resolve_device, resolve_precision, storage_of, tokens_per_pass
 from metier.model.generate import SamplingParams, generate_ids
-from metier.model.load import (
-    Base,
-    Device,
-    Precision,
-    load_base,
-    resolve_device,
-    resolve_precision,
-    storage_of,
-    tokens_per_pass,
-)  # fmt: skip
+from metier.model.load import Base, load_base
 from metier.model.lora import Adapter, load_adapter, read_adapter_config
 from metier.model.score import answer_log_probs, choice_log_probs
 

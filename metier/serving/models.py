@@ -18,7 +18,8 @@ from metier.domains import load_domain
 from metier.errors import ModelError
 from metier.model.bank import AdapterBank
 from metier.model.chat import CappedRender, Renderer, eos_token_ids
-from metier.model.load import Base, Device, Precision, load_base, resolve_device, resolve_precision
+from metier.model.device import Device, Precision, resolve_device, resolve_precision
+from metier.model.load import Base, load_base
 from metier.model.lora import read_adapter_config
 from metier.recipe import ServeConfig, load_recipe
 from metier.serving.guard import Guard, RedactBy

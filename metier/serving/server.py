@@ -21,7 +21,7 @@ import uvicorn
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from metier.errors import RunError
-from metier.model.load import Device, Precision
+from metier.model.device import Device, Precision
 from metier.model.slots import cache_budget
 from metier.model.template import TemplateProcess
 from metier.serving.api import create_app

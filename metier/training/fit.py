@@ -12,7 +12,7 @@ from typing import cast
 
 from metier.errors import RecipeError, RunError
 from metier.model.chat import Rendered
-from metier.model.load import Precision
+from metier.model.device import Precision
 from metier.recipe import AdapterConfig, TrainConfig
 from metier.training.cards import GIB, Card
 from metier.training.memory import LEAN_FP8, Shape

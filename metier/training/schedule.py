@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 import torch
 
-from metier.model.load import tokens_per_pass
+from metier.model.device import tokens_per_pass
 from metier.recipe import TrainConfig
 
 

@@ -152,7 +152,7 @@ def test_the_verbs_tell_and_log_without_the_value(tmp_path: Path, monkeypatch: p
     done = CliRunner().invoke(app, ["forget", "--subject", "P3", str(run)])
     assert done.exit_code == 0 and f"metier run {run / 'recipe.yaml'} --out {run}" in done.output
     last = [json.loads(line) for line in (run / "audit.jsonl").read_text().splitlines()]
-    assert [entry["action"] for entry in last] == ["prepare", "forget", "prepare"]
+    assert [entry["action"] for entry in last] == ["recipe", "prepare", "forget", "prepare"]
     assert artifacts.check_audit(run) == [] and "P3" not in (run / "audit.jsonl").read_text()
     none = CliRunner().invoke(app, ["forget", "--subject", "nobody here", str(run)])
     assert none.exit_code == 0 and "0 records" in none.output

@@ -17,7 +17,8 @@ import transformers
 from safetensors.torch import load_file, save_file
 
 from metier.errors import ModelError
-from metier.model.load import load_base, load_tokenizer, resolve_device, resolve_precision
+from metier.model.device import resolve_device, resolve_precision
+from metier.model.load import load_base, load_tokenizer
 from metier.model.resolve import base_digest, resolve_base
 from tests.model.hub import COMMIT, Hub, serve_hub
 from tests.model.tiny import KINDS, Kind, save_tiny, tiny_model

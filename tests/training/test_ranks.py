@@ -87,7 +87,7 @@ def test_two_processes_learn_what_one_learns_and_one_of_them_writes(recipe: Path
     assert stdout.count("report:") == 1
     assert stderr.count("trainable params") == 1
     audit = [json.loads(line)["action"] for line in (tmp_path / "run" / "audit.jsonl").read_text().splitlines()]
-    assert audit == ["prepare", "train", "evaluate"]
+    assert audit == ["recipe", "prepare", "train", "evaluate", "report"]
     assert (tmp_path / "run" / "evidence" / "evidence.json").exists()
 
 

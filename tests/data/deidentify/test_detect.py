@@ -6,7 +6,7 @@ import random
 
 import pytest
 
-from metier.data.deidentify.detect import detect, detect_together
+from metier.data.deidentify.detect import PART, detect, detect_together
 from metier.data.deidentify.spans import Span, fold, resolve
 
 
@@ -132,3 +132,22 @@ def test_any_text_gives_spans_in_order_inside_it() -> None:
         for span in detect(text):
             assert end <= span.start < span.end <= len(text) and 0.5 <= span.score <= 1
             end = span.end
+
+
+@pytest.mark.parametrize("unit", ["Aa", "Ab-", "Mr. ", "公司", "路1号"])
+def test_a_long_text_of_one_unit_is_read_to_its_end(unit: str) -> None:
+    # A pattern that starts over at each capital letter takes minutes for this.
+    spans = detect(unit * (60_000 // len(unit)))
+    assert all(a.end <= b.start for a, b in zip(spans, spans[1:], strict=False))
+
+
+@pytest.mark.parametrize("before", range(PART - 30, PART + 1, 6))
+def test_an_identifier_where_a_long_text_is_cut_is_found_whole(before: int) -> None:
+    text = (
+        "word " * (before // 5)
+        + "x " * (before % 5)
+        + "Call Dr. John Smith at john.smith@example.org now. "
+        + "word " * 100
+    )
+    found = [text[s.start : s.end] for s in detect(text)]
+    assert "john.smith@example.org" in found and any("Smith" in part for part in found)
