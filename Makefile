@@ -24,14 +24,14 @@ demo: .venv/default
 	$(BIN)/metier demo
 
 test: .venv/dev
-	$(BIN)/python -m pytest $(TESTS)
+	$(BIN)/python -m pytest -n auto $(TESTS)
 
 check: .venv/dev
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 	$(BIN)/python scripts/generate_docs.py --check
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n auto
 
 docs: .venv/dev
 	$(BIN)/python scripts/generate_docs.py
