@@ -18,10 +18,10 @@ from typing import Any
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 from pydantic_core import PydanticUndefined
-from typer.main import get_command
 from typer.testing import CliRunner
 
 from metier.cli import app
+from metier.cli.app import ORDER
 from metier.recipe import CLASSIC, Recipe
 
 ROOT = Path(__file__).parents[1]
@@ -62,7 +62,6 @@ def demo_output() -> str:
 
 def cli_page() -> str:
     """docs/cli.md: `--help` of every command, as a terminal of 88 columns shows it."""
-    commands = get_command(app).commands  # type: ignore[attr-defined]
     parts = [
         "# The command line\n",
         "Generated from `metier --help` by `make docs`. Exit codes: 0, 2 (the user's to put right, told in a "
@@ -70,7 +69,7 @@ def cli_page() -> str:
         "output, talk to standard error.\n",
         _help([]),
     ]
-    for name in commands:
+    for name in ORDER:
         parts += [f"## metier {name}\n", _help([name])]
     return "\n".join(parts)
 

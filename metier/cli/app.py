@@ -2,10 +2,28 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import typer
+from typer.core import TyperGroup
+
+# As a user meets them: what makes a run, what judges it, what uses it, what a person may ask of it.
+ORDER = (
+    "demo", "run", "prepare", "inspect", "plan", "train", "evaluate", "compare", "verify",
+    "chat", "generate", "serve", "export", "trace", "forget",
+)  # fmt: skip
+
+
+class _InOrder(TyperGroup):
+    """Lists the verbs in ORDER instead of in the order of imports."""
+
+    def list_commands(self, ctx: Any) -> list[str]:
+        return sorted(super().list_commands(ctx), key=ORDER.index)
+
 
 app = typer.Typer(
     name="metier",
+    cls=_InOrder,
     no_args_is_help=True,
     add_completion=False,
     rich_markup_mode=None,
