@@ -32,6 +32,8 @@ STAGES = ("dataset", "adapter", "evidence")
 # All that a run's folder holds, but for what is hidden while a stage or a write is at work.
 PAGES = ("report.html", "report.en.html", "report.zh.html", "MODEL_CARD.md")
 RUN_NAMES = {"recipe.yaml", ".lock", *STAGES, *PAGES, "audit.jsonl", "tensorboard", "forgotten.json", "export"}
+# In an adapter's folder: it learned from someone who was forgotten since.
+REVOKED = "revoked.json"
 AT_WORK = (".partial", ".old", ".tmp")
 
 
@@ -104,6 +106,15 @@ def write_json(path: Path, value: Any) -> None:
     """`write_atomic` of a JSON value, indented, in UTF-8, NaN refused."""
     text = json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False)
     write_atomic(path, (text + "\n").encode())
+
+
+def refuse_revoked(adapter: Path) -> None:
+    """Raises `RunError` for an adapter that learned from a person whose rows were taken out since."""
+    if (adapter / REVOKED).exists():
+        raise RunError(
+            f"the adapter in `{adapter}` learned from a person who was forgotten since",
+            hint="run `metier run` on its recipe: it is trained again without that person's rows",
+        )
 
 
 def read_manifest(folder: Path) -> dict[str, Any] | None:

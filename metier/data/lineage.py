@@ -36,7 +36,6 @@ from metier.errors import DataError, RunError
 from metier.keys import keyed_hash
 
 FORGOTTEN = "forgotten.json"
-REVOKED = "revoked.json"
 REASON = "forgotten on request"
 ROW = ("source_file", "source_row")
 _HASH = re.compile(r"[0-9a-f]{32}")
@@ -127,7 +126,7 @@ def forget(subject: str, run: Path, key: bytes) -> Trace:
     artifacts.write_json(path, {"rows": [*earlier, *new]})
     if found.learned:
         mark = {"time": now, "subject_hash": hashed, "records": found.learned, "dataset": manifest["digest"]}
-        marks = run / "adapter" / REVOKED
+        marks = run / "adapter" / artifacts.REVOKED
         before = json.loads(marks.read_text(encoding="utf-8")) if marks.exists() else []
         artifacts.write_json(marks, [*before, mark])
     if found.in_evidence:

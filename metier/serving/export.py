@@ -49,6 +49,7 @@ def export(
     `RunError` when the run is not complete or holds out too few records, `ModelError` for what a form or a target
     cannot take, before any file is written, and when a form fails the parity gate.
     """
+    artifacts.refuse_revoked(Path(run) / "adapter")
     source = _read_run(Path(run), say)
     forms, served = choose_forms(to, storage, targets, entries=source.entries, config=source.config)
     final = Path(out) if out is not None else source.run / "export" / to

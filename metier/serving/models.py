@@ -13,7 +13,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from metier.artifacts import digest_file, digest_json, read_manifest
+from metier.artifacts import digest_file, digest_json, read_manifest, refuse_revoked
 from metier.domains import load_domain
 from metier.errors import ModelError
 from metier.model.bank import AdapterBank
@@ -106,6 +106,7 @@ def open_models(
             continue
         if source.name in models:
             raise ModelError(f"two models would be called `{source.name}`", hint="name them: NAME=RUN")
+        refuse_revoked(source.adapter)
         _check_fits(source, base, renderer)
         bank.add(source.name, source.adapter)
         own = guards[source.name]

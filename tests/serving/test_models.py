@@ -11,6 +11,7 @@ import pytest
 from metier.artifacts import digest_file
 from metier.errors import ModelError, RunError
 from metier.model.bank import AdapterBank
+from metier.serving.export import export
 from metier.serving.models import Models, open_models
 from metier.serving.server import check_exposure, read_api_keys
 from tests.model.tiny import save_tiny
@@ -86,3 +87,12 @@ def test_only_loopback_needs_no_key_and_a_short_one_is_none(tmp_path: Path, monk
     (tmp_path / "keys").write_text("\n", encoding="utf-8")
     with pytest.raises(RunError, match="holds no API key"):
         read_api_keys(tmp_path / "keys")
+
+
+def test_an_adapter_that_learned_from_a_forgotten_person_is_not_served(tiny_base: Path, adapter: Path) -> None:
+    adapter = adapter.rename(adapter.parent / "adapter")
+    (adapter / "revoked.json").write_text("[]")
+    with pytest.raises(RunError, match="forgotten since"):
+        opened(str(adapter))
+    with pytest.raises(RunError, match="forgotten since"):
+        export(adapter.parent)
