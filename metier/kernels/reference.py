@@ -15,28 +15,14 @@ FP8_MAX = 448.0
 SCALE_FLOOR = 1e-12
 
 
-def lora_linear(
-    x: torch.Tensor,
-    weight: torch.Tensor,
-    bias: torch.Tensor | None,
-    lora_a: torch.Tensor,
-    lora_b: torch.Tensor,
-    *,
-    scaling: float,
-    dropout: float = 0.0,
-) -> torch.Tensor:
-    """y = x W^T + bias + scaling * dropout(x) A^T B^T (Hu et al., 2021, arXiv 2106.09685, equation 3).
-
-    x [..., I] and weight [O, I] share one dtype, which is also y's; lora_a [R, I] and lora_b [O, R] are
-    the fp32 masters: B is scaled in fp32 and both are cast to x's dtype for the products.
-    """
-    return F.linear(x, weight, bias) + low_rank(x, lora_a, lora_b, scaling=scaling, dropout=dropout)
-
-
 def low_rank(
     x: torch.Tensor, lora_a: torch.Tensor, lora_b: torch.Tensor, *, scaling: float, dropout: float = 0.0
 ) -> torch.Tensor:
-    """scaling * dropout(x) A^T B^T in x's dtype: `lora_linear` without its frozen part."""
+    """scaling * dropout(x) A^T B^T: what LoRA adds to x W^T (Hu et al., 2021, arXiv 2106.09685, equation 3).
+
+    x [..., I], whose dtype is also the result's [..., O]; lora_a [R, I] and lora_b [O, R] are the fp32 masters: B is
+    scaled in fp32 and both are cast to x's dtype for the products.
+    """
     if dropout:
         x = F.dropout(x, dropout)
     h = F.linear(x, lora_a.to(x.dtype))

@@ -110,8 +110,6 @@ class Generation:
 class Counters:
     """What the engine has done since it started."""
 
-    prompt_tokens: int = 0
-    new_tokens: int = 0
     passes: int = 0
     crashes: int = 0
     seconds: float = 0.0
@@ -319,7 +317,6 @@ class Engine:
             self.bank, self._cache, first=len(self._decoding), tokens=pieces, starts=[start] * len(group), keep=keep
         )
         self.counters.passes += 1
-        self.counters.prompt_tokens += sum(map(len, pieces))
         last_rows, seen = [], 0
         for generation, kept in zip(group, keep, strict=True):
             seen += len(kept)
@@ -369,7 +366,6 @@ class Engine:
             if generation.max_new_tokens:
                 generation.num_new += 1
                 generation.last_token = token
-                self.counters.new_tokens += 1
                 generation.sink(Token(token, logprobs.get(i)))
                 reason = "stop" if token in generation.stop_token_ids else "length"
             if reason == "stop" or generation.num_new >= generation.max_new_tokens:

@@ -20,7 +20,6 @@ SMALL_ZIP3 = frozenset(
     (36, 59, 63, 102, 203, 205, 369, 556, 692, 753, 772, 790, 821, 823, 830, 831, 878, 879, 884, 890, 893)
 )
 MAX_SHIFT_DAYS = 365
-_MONTHS = ["jan", "feb", "mar", "apr", "may", "jun", "jul", "aug", "sep", "oct", "nov", "dec"]
 _MONTH_NAMES = [
     "January",
     "February",
@@ -35,6 +34,7 @@ _MONTH_NAMES = [
     "November",
     "December",
 ]
+_MONTHS = [name[:3].lower() for name in _MONTH_NAMES]
 _YEAR = re.compile(r"(?<!\d)(?:1[89]|20)\d{2}(?!\d)|[一二][〇○零一二三四五六七八九]{3}(?=年)")
 _YMD = re.compile(r"(\d{4})(\D+)(\d{1,2})(\D+)(\d{1,2})(\D*)")
 _MDY = re.compile(r"(\d{1,2})([/.-])(\d{1,2})\2(\d{4})")
