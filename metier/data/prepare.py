@@ -269,7 +269,7 @@ def _balance_and_augment(accounts: Accounts, splits: dict[int, str], recipe: Rec
     left = left_out(_train(accounts.records, splits), recipe.balance, task=task, seed=seed)
     accounts.reject(left, LEFT_OUT)
     train = _train(accounts.records, splits)
-    made = augment(train, recipe.augment, domain, seed=seed)
+    made = augment(train, recipe.augment, domain, seed=seed, task=task)
     made += repeated(train, recipe.balance, task=task, seed=seed)
     general = [record for record in accounts.records if record.method == GENERAL]
     accounts.reject(general_excess(general, len(train) + len(made), recipe.balance, seed=seed), NOT_NEEDED)

@@ -169,15 +169,16 @@ def test_typos_touch_no_term_number_or_negation() -> None:
     assert add_typos("短文本", [], random.Random(0)) is None
 
 
-@pytest.mark.parametrize("method", ["instruction", "options", "terms", "units", "typo", "width"])
+@pytest.mark.parametrize("method", ["instruction", "options", "terms", "units", "typo", "width", "entities"])
 def test_a_variant_differs_from_its_parent_in_the_prompt_alone(method: Any) -> None:
     records = [
         record(1, "Which of these lowers high blood pressure?\nA. salt\nB. exercise\nC. sugar", "B"),
         record(2, "患者糖化血红蛋白为8.4%，诊断为糖尿病，(复诊)。", "内分泌科"),
         record(3, "fasting glucose 5.6 mmol/L during pregnancy", "Obstetrics"),
+        record(4, "患者王小明，2024年3月12日就诊于华信医院。", "内分泌科"),
     ]
-    made = augment(records, AugmentConfig(methods=[method], copies=2), MEDICINE, seed=0)
-    assert made == augment(records, AugmentConfig(methods=[method], copies=2), MEDICINE, seed=0)
+    made = augment(records, AugmentConfig(methods=[method], copies=2), MEDICINE, seed=0, task="classification")
+    assert made == augment(records, AugmentConfig(methods=[method], copies=2), MEDICINE, seed=0, task="classification")
     for variant in made:
         parent = variant.parent
         assert parent in records and variant.prompt != parent.prompt and variant.method == method
