@@ -17,6 +17,7 @@ PUBLIC_NAMES = ["Recipe", "deidentify", "evaluate", "export", "load", "prepare",
 
 RECIPE_KEYS = """
     base revision out preset seed domain
+    scale.workers scale.ray
     data.sources data.test_sources data.encoding data.header_line data.sheets data.passage_chars
     data.prompt data.answer data.system data.messages data.text data.group_id data.task
     data.val data.test data.canaries

@@ -45,6 +45,13 @@ class Cleaned:
 
 def clean(records: list[Record], config: CleanConfig) -> Cleaned:
     """Every rule but the one on contradictions. Raises `DataError` where a rule needs a package that is not there."""
+    cleaned = clean_part(records, config)
+    find_boilerplate(cleaned, config)
+    return cleaned
+
+
+def clean_part(records: list[Record], config: CleanConfig) -> Cleaned:
+    """The rules that look at one record alone, over any part of the records."""
     cleaned = Cleaned([])
     for record in records:
         try:
@@ -55,7 +62,6 @@ def clean(records: list[Record], config: CleanConfig) -> Cleaned:
         cleaned.records.append(tidy)
         for rule in rules:
             cleaned.found[rule].append(_place(record))
-    _boilerplate(cleaned, config)
     return cleaned
 
 
@@ -118,8 +124,8 @@ def _refuse(record: Record, rules: set[str], config: CleanConfig) -> None:
         raise Rejected(f"its language is {language}, not {' or '.join(config.languages)}")
 
 
-def _boilerplate(cleaned: Cleaned, config: CleanConfig) -> None:
-    """First and last lines, in texts of several lines, that many records share."""
+def find_boilerplate(cleaned: Cleaned, config: CleanConfig) -> None:
+    """Counts first and last lines, in texts of several lines, that many records share; `remove` takes them out."""
     counts: Counter[str] = Counter()
     for record in cleaned.records:
         counts.update({line for message in record.messages for line in _ends(message)})
