@@ -31,6 +31,7 @@ from metier.data.deidentify.records import open_privacy, policy_key, review_line
 from metier.data.leakage import benchmark_leaks, certify, test_leaks
 from metier.data.lineage import forgotten_places, read_forgotten
 from metier.data.lines import Source
+from metier.data.paraphrase import ask_base, base_key
 from metier.data.partitions import Workers
 from metier.data.proposals import propose
 from metier.data.read_records import GENERAL, find_files, read_records
@@ -101,7 +102,7 @@ def prepare(
     comparison, benchmarks = _deduplicate(accounts, files.benchmarks, recipe.dedup, task)
     accounts.refuse_too_few()
     splits = _split(recipe.data, accounts, task, seed)
-    made = _balance_and_augment(accounts, splits, recipe, task)
+    made, details["paraphrases"] = _balance_and_augment(accounts, splits, recipe, task, progress)
     progress("checking what the splits share")
     details["leakage"] = certify(accounts, splits, made, comparison, config=recipe.dedup, seed=seed)
     details["leakage"]["benchmarks"] = benchmarks
@@ -142,7 +143,7 @@ def _key(recipe: Recipe, digests: dict[str, str], forgotten: list[dict[str, Any]
     asked: dict[str, Any] = {"stage": "dataset", "recipe": recipe.model_dump(include=OWNED), "sources": digests}
     asked |= {"domain": load_domain(recipe.domain).model_dump()} if recipe.domain else {}
     asked |= policy_key(recipe.privacy, _domain_policy(recipe))
-    asked |= {"forgotten": forgotten} if forgotten else {}
+    asked |= ({"forgotten": forgotten} if forgotten else {}) | base_key(recipe)
     return artifacts.digest_json(asked)
 
 
@@ -194,19 +195,24 @@ def _split(config: DataConfig, accounts: Accounts, task: str, seed: int) -> dict
     return {id(r): "test" if r.source.is_test else found.get(id(r), "train") for r in accounts.records}
 
 
-def _balance_and_augment(accounts: Accounts, splits: dict[int, str], recipe: Recipe, task: str) -> list[Record]:
-    """The synthetic records, all of them for training; what balance leaves out is rejected."""
+def _balance_and_augment(
+    accounts: Accounts, splits: dict[int, str], recipe: Recipe, task: str, progress: Callable[[str], None]
+) -> tuple[list[Record], dict[str, Any]]:
+    """The synthetic records, all of them for training, and what the base was asked for; what balance leaves out is
+    rejected.
+    """
     seed, domain = recipe.seed, load_domain(recipe.domain) if recipe.domain else None
 
     left = left_out(_train(accounts.records, splits), recipe.balance, task=task, seed=seed)
     accounts.reject(left, LEFT_OUT)
     train = _train(accounts.records, splits)
-    made = augment(train, recipe.augment, domain, seed=seed, task=task)
+    asked = ask_base(train, recipe, domain, progress)
+    made = augment(train, recipe.augment, domain, seed=seed, task=task, rewritten=asked.messages)
     made += repeated(train, recipe.balance, task=task, seed=seed)
     general = [record for record in accounts.records if record.method == GENERAL]
     accounts.reject(general_excess(general, len(train) + len(made), recipe.balance, seed=seed), NOT_NEEDED)
     splits.update((id(record), "train") for record in made)
-    return made
+    return made, asked.report()
 
 
 def _train(records: list[Record], splits: dict[int, str]) -> list[Record]:

@@ -72,7 +72,7 @@ def records_table(
             "language": [language[id(record.messages)] for record in records],
             "source_file": [record.source.name for record in records],
             "source_row": [record.row.number for record in records],
-            "parent_id": [ids[id(r.parent)] if r.parent else None for r in records],
+            "parent_id": [(ids.get(id(r.parent)) or record_id(r.parent)) if r.parent else None for r in records],
             "method": [record.method for record in records],
             "weight": None,
         },

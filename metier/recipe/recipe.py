@@ -37,7 +37,7 @@ class Recipe(Section):
     )
     domain: str | None = Field(
         default=None,
-        description="`finance`, `medicine`, `education`, or a YAML file of your own: wordings, terms, red lines.",
+        description="`finance`, `medicine`, `education`, `law`, or your own YAML file: wordings, terms, red lines.",
     )
     data: DataConfig
     clean: CleanConfig = CleanConfig()
