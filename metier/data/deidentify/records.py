@@ -131,7 +131,7 @@ class Privacy:
     def _look(self, records: list[Record], progress: Callable[[str], None]) -> dict[str, Any]:
         """With no policy: what would have been found, in a sample."""
         texts = self._sample(records, LOOKED_AT)
-        quiet = {"TITLE", "NRP", "COUNTRY", "AGE", "LOCATION", "ORGANIZATION", "DATE", "URL"}
+        quiet = {"TITLE", "NRP", "COUNTRY", "TIME", "AGE", "LOCATION", "ORGANIZATION", "DATE", "URL"}
         counts = Counter(s.entity_type for text in texts for s in detect(text) if s.entity_type not in quiet)
         if counts:
             shown = ", ".join(f"{kind} {count:,}" for kind, count in counts.most_common(5))
