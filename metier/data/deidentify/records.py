@@ -129,7 +129,7 @@ class Privacy:
     def _look(self, records: list[Record], progress: Callable[[str], None]) -> dict[str, Any]:
         """With no policy: what would have been found, in a sample."""
         texts = [_text(record) for record in self._sample(records)]
-        quiet = {"TITLE", "NRP", "COUNTRY", "AGE", "LOCATION", "ORGANIZATION", "DATE", "URL"}
+        quiet = {"TITLE", "NRP", "COUNTRY", "TIME", "AGE", "LOCATION", "ORGANIZATION", "DATE", "URL"}
         counts = Counter(s.entity_type for text in texts for s in detect(text) if s.entity_type not in quiet)
         if counts:
             shown = ", ".join(f"{kind} {count:,}" for kind, count in counts.most_common(5))
