@@ -24,7 +24,7 @@ from metier.data.lines import Row
 from metier.data.partitions import Workers, parts
 from metier.data.records import Record
 from metier.errors import DataError, RecipeError, did_you_mean
-from metier.keys import keyed_hash, load_key
+from metier.keys import key_fingerprint, keyed_hash, load_key
 from metier.recipe import PrivacyConfig
 
 LOOKED_AT = 2_000
@@ -154,6 +154,7 @@ class Privacy:
                 kind: {"count": n, "operator": self.policy.operators[kind]} for kind, n in sorted(counts.items())
             },
             "records_touched": touched,
+            "key_fingerprint": key_fingerprint(self.key),
             "classes": list(self.policy.classes),
             "looked_at": len(looked_at),
             "suspected": dict(sorted(suspected.items())),
@@ -206,7 +207,7 @@ def policy_key(config: PrivacyConfig, domain_policy: str | None) -> dict[str, st
     privacy = open_privacy(config, domain_policy=domain_policy, seed=0)
     if privacy.policy is None:
         return {}
-    return {"policy": privacy.policy.text, "key": keyed_hash("fingerprint", privacy.key, purpose="fingerprint")}
+    return {"policy": privacy.policy.text, "key": key_fingerprint(privacy.key)}
 
 
 def rewrite_part(
