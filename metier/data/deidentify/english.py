@@ -43,6 +43,10 @@ _IN = re.compile(r"\b(?:in|near|from|to|at|visit|visiting|around|outside|for|of)
 _WEAK = re.compile(
     r"\b(?:by|from|to|with|between|and|for|thanks|best|it's|call(?:ed)?|attention)[:,]?[ \n\"'(-]{1,3}$", re.IGNORECASE
 )
+# What ends a company's name and nothing else's.
+COMPANY_FORMS = {
+    "inc", "llc", "llp", "ltd", "limited", "corp", "corporation", "plc", "gmbh", "ag", "sons", "pty", "bv", "nv", "ohg", "mbh", "kg", "co",
+}  # fmt: skip
 SURE_BESIDE = 0.6
 _BESIDE_BEFORE = re.compile(rf"(?<![{LETTER}.-])([A-Z][a-z\u00df-\u024f'-]+)(?:,? and| or| &) $")
 _BESIDE_AFTER = re.compile(rf"(?:,? and| or| &) ([A-Z][a-z\u00df-\u024f'-]+)(?![{LETTER}-]| [A-Z])")
@@ -232,28 +236,9 @@ def _org_start(text: str, run: Run, lows: list[str], end: int) -> int | None:
         for low in lows[first:end]
         if low not in cues("en_organisation_generic") and low not in cues("en_organisation_ends")
     ]
-    strong = lows[end] in (
-        "inc",
-        "llc",
-        "llp",
-        "ltd",
-        "limited",
-        "corp",
-        "corporation",
-        "plc",
-        "gmbh",
-        "ag",
-        "sons",
-        "pty",
-        "bv",
-        "nv",
-        "ohg",
-        "mbh",
-        "kg",
-        "co",
-    )
-    named = [low for low in own if kind_of(low) not in "wm"]
-    return first if own and (strong or named) else None
+    strong = lows[end] in COMPANY_FORMS
+    names = [low for low in own if kind_of(low) not in "wm"]
+    return first if own and (strong or names) else None
 
 
 def starts_sentence(text: str, start: int) -> bool:
