@@ -45,7 +45,8 @@ _WEAK = re.compile(
 )
 # What ends a company's name and nothing else's.
 COMPANY_FORMS = {
-    "inc", "llc", "llp", "ltd", "limited", "corp", "corporation", "plc", "gmbh", "ag", "sons", "pty", "bv", "nv", "ohg", "mbh", "kg", "co",
+    "inc", "llc", "llp", "ltd", "limited", "corp", "corporation", "plc", "gmbh", "ag",
+    "sons", "pty", "bv", "nv", "ohg", "mbh", "kg", "co",
 }  # fmt: skip
 SURE_BESIDE = 0.6
 _BESIDE_BEFORE = re.compile(rf"(?<![{LETTER}.-])([A-Z][a-z\u00df-\u024f'-]+)(?:,? and| or| &) $")
