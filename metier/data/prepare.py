@@ -87,11 +87,9 @@ def prepare(
     key, digests = asked or dataset_key(recipe, out)
     files, forgotten = find_files(recipe), forgotten_places(read_forgotten(out), digests)
     privacy = open_privacy(recipe.privacy, domain_policy=_domain_policy(recipe), seed=seed)
-    accounts = Accounts([*files.sources, *files.general])
+    accounts = Accounts([*files.sources, *files.general], forgotten=forgotten)
     with Workers(recipe.scale) as workers:
-        roles, cleaned = read_records(
-            accounts, files, recipe, privacy=privacy, forgotten=forgotten, workers=workers, progress=progress
-        )
+        roles, cleaned = read_records(accounts, files, recipe, privacy=privacy, workers=workers, progress=progress)
         accounts.records, details["privacy"], review = privacy.rewrite_records(accounts.records, workers, progress)
     accounts.refuse_too_few()
     task = _task(recipe.data, [record for record in accounts.records if record.method is None])

@@ -68,14 +68,10 @@ def read_records(
     recipe: Recipe,
     *,
     privacy: Privacy,
-    forgotten: set[tuple[str, int]],
     workers: Workers,
     progress: Callable[[str], None],
 ) -> tuple[dict[Source, Roles], Cleaned]:
-    """Fills `accounts`; returns the roles of the recipe's own sources and what cleaning did.
-
-    `forgotten`: the places (file, row) of rows that must not come back. Raises `DataError`.
-    """
+    """Fills `accounts`; returns the roles of the recipe's own sources and what cleaning did. Raises `DataError`."""
     columns = {source: read_columns(source) for source in files.sources}
     roles = _roles(recipe.data, columns)
     privacy.check_columns([name for names in columns.values() for name in names])
@@ -88,7 +84,7 @@ def read_records(
         for position, source in enumerate(accounts.sources, start=1):
             progress(f"reading {source.name} ({position} of {len(accounts.sources)})")
             method = GENERAL if source in files.general else None
-            rows = map(privacy.rewrite_row, _counted(accounts, source, forgotten, progress))
+            rows = map(privacy.rewrite_row, _counted(accounts, source, progress))
             while part := list(islice(rows, PART)):
                 yield Part(source, every[source], method, part)
 
@@ -121,16 +117,14 @@ def build_part(part: Part, config: CleanConfig) -> Cleaned:
     return cleaned
 
 
-def _counted(
-    accounts: Accounts, source: Source, forgotten: set[tuple[str, int]], progress: Callable[[str], None]
-) -> Iterator[Row]:
+def _counted(accounts: Accounts, source: Source, progress: Callable[[str], None]) -> Iterator[Row]:
     """The rows of a source that are wanted."""
     count = 0
     for row in read_rows(source):
         count += 1
         if count % 100_000 == 0:
             progress(f"reading {source.name}: {count:,} rows")
-        if forgotten and (source.name, row.number) in forgotten:
+        if (source.name, row.number) in accounts.forgotten:
             accounts.rejected.append(Rejection(source, Row(row.number, row.byte_offset, row.place), FORGOTTEN))
         else:
             yield row

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from functools import cache
 
 from metier.data.deidentify.english import LETTER, kind_of
-from metier.data.deidentify.lexicon import cues, words
+from metier.data.deidentify.lexicon import alternatives, cues, words
 from metier.data.deidentify.spans import Span
 
 # Smith, Jones and Brown; Smith-Jones is read as a name.
@@ -51,14 +51,14 @@ def _own_start(match: re.Match[str]) -> int:
 
 @cache
 def _countries() -> re.Pattern[str]:
-    names = sorted(words("en_countries"), key=len, reverse=True)
-    return re.compile(rf"(?<![{LETTER}])(?:{'|'.join(map(re.escape, names))})(?![{LETTER}])", re.IGNORECASE)
+    names = alternatives(words("en_countries"))
+    return re.compile(rf"(?<![{LETTER}]){names}(?![{LETTER}])", re.IGNORECASE)
 
 
 @cache
 def _nationalities() -> re.Pattern[str]:
-    names = sorted(words("en_nationalities"), key=len, reverse=True)
-    return re.compile(rf"(?<![{LETTER}])(?:{'|'.join(map(re.escape, names))})(?:s|es)?(?![{LETTER}])")
+    names = alternatives(words("en_nationalities"))
+    return re.compile(rf"(?<![{LETTER}]){names}(?:s|es)?(?![{LETTER}])")
 
 
 def _places_and_cases(text: str) -> Iterator[Span]:

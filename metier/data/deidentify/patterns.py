@@ -17,6 +17,7 @@ from typing import Any
 import yaml
 
 from metier.data.deidentify.checksums import is_valid
+from metier.data.deidentify.lexicon import alternatives
 from metier.data.deidentify.spans import Span
 
 LABEL = re.compile(r"\[[A-Z][A-Z_]{2,}\]")  # what an earlier pass left
@@ -120,5 +121,4 @@ def _cues(language: str) -> tuple[re.Pattern[str], dict[str, list[Pattern]]]:
             pattern = _compile(entry)
             for cue in entry["cues"]:
                 by_cue.setdefault(cue.lower(), []).append(pattern)
-    words = sorted(by_cue, key=lambda cue: (-len(cue), cue))
-    return re.compile("|".join(map(re.escape, words))), by_cue
+    return re.compile(alternatives(by_cue)), by_cue
