@@ -193,7 +193,8 @@ def main() -> None:
         with LAWS.open(encoding="utf-8-sig", newline="") as file:
             score_real("laws, odd articles", [row["text"] for row in csv.DictReader(file)][1::2], detector)
         second_pass([record for name in ("held_zh.txt", "dev_en.txt") for record in records(name, RECORDS, 11)])
-    score("dev_en.txt", records("dev_en.txt", RECORDS, 11), detector)
+    for name in ("dev_en.txt", "tune_en.txt"):
+        score(name, records(name, RECORDS, 11), detector)
     if arguments.presidio_raw:
         made, neutral = presidio_records(arguments.presidio_raw, RECORDS, 11)
         score("presidio templates and people", made, detector, neutral)
