@@ -161,5 +161,7 @@ def _trimmed(text: str, spans: Iterable[Span]) -> Iterator[Span]:
             start += 1
         while end > start and text[end - 1] in _EDGE:
             end -= 1
-        if end > start:
+        if end - start == span.end - span.start:
+            yield span
+        elif end > start:
             yield Span(start, end, span.entity_type, span.score)

@@ -228,8 +228,8 @@ def _org_start(text: str, run: Run, lows: list[str], end: int) -> int | None:
         or starts_sentence(text, run[first].start())
     ):
         own_line = text[run[first].start() - 1 : run[first].start()] == "\n"
-        named = kind_of(run[first].group()) in ("l?fb" if own_line else "l?f")
-        if named and lows[first] not in cues("en_organisation_generic"):
+        is_own = kind_of(run[first].group()) in ("l?fb" if own_line else "l?f")
+        if is_own and lows[first] not in cues("en_organisation_generic"):
             break
         first += 1
     own = [

@@ -27,6 +27,7 @@ _FORM = re.compile(
     rf"(?:A/S|ApS|s\.r\.o|a\.s|d\.o\.o|z o\.o|Oyj?|AB|ASA?|"
     rf"S\.p\.A|S\.r\.l|SARL|SAS|SA|SL|Kft|Zrt|Nyrt|Kht|Kkt|Bt|B\.V|N\.V|S\.A|S\.L|Ltda|Lda)(?![{LETTER}])\.?"
 )
+_WORD = re.compile(rf"[{LETTER}]+")
 _HONORIFIC = re.compile(
     r"(?<![A-Za-z])(?:(?:Mr|Mrs|Ms|Dr|Prof|Mx)\.|Mrs?|Ms|Miss|Sir|Madame?|Professor|Doctor)(?![A-Za-z])"
     r"|(?:(?<=[a-z] )|(?<=[a-z], ))(?:(?:Jr|Sr|Esq)\b\.?|(?:M\.?D|Ph\.?D|DDS|DVM|RN|II|III|IV)\b\.?)"
@@ -38,9 +39,18 @@ def find_english_places(text: str) -> list[Span]:
     spans = [*_firms(text), *_places_and_cases(text)]
     spans += [Span(_own_start(match), match.end(), "ORGANIZATION", 0.76) for match in _FORM.finditer(text)]
     spans += [Span(*match.span(), "TITLE", 0.7) for match in _HONORIFIC.finditer(text)]
-    spans += [Span(*match.span(), "COUNTRY", 0.7) for match in _countries().finditer(text)]
-    spans += [Span(*match.span(), "NRP", 0.7) for match in _nationalities().finditer(text)]
+    if not _country_words().isdisjoint(_WORD.findall(text.lower())):
+        spans += [Span(*match.span(), "COUNTRY", 0.7) for match in _countries().finditer(text)]
+        spans += [Span(*match.span(), "NRP", 0.7) for match in _nationalities().finditer(text)]
     return spans
+
+
+@cache
+def _country_words() -> frozenset[str]:
+    """The first words of countries and nationalities, and their plurals: without one there is none of them."""
+    names = (*words("en_countries"), *words("en_nationalities"))
+    first = {match.group() for name in names if (match := _WORD.search(name.lower()))}
+    return frozenset(word + end for word in first for end in ("", "s", "es"))
 
 
 def _own_start(match: re.Match[str]) -> int:

@@ -45,16 +45,17 @@ def find_patterns(text: str, language: str) -> tuple[list[Span], list[tuple[int,
     spans: list[Span] = []
     protected: list[tuple[int, int]] = []
     has_digit = _DIGIT.search(text) is not None
-    for pattern in _shapes(language):
-        if pattern.needs and (not has_digit if pattern.needs == "0" else pattern.needs not in text):
+    for needs, patterns in _shapes(language).items():
+        if needs and (not has_digit if needs == "0" else needs not in text):
             continue
-        for match in pattern.value.finditer(text):
-            if pattern.check and not is_valid(pattern.check, match.group()):
-                continue
-            if pattern.entity_type is None:
-                protected.append(match.span())
-            else:
-                spans.append(Span(*match.span(), pattern.entity_type, pattern.score))
+        for pattern in patterns:
+            for match in pattern.value.finditer(text):
+                if pattern.check and not is_valid(pattern.check, match.group()):
+                    continue
+                if pattern.entity_type is None:
+                    protected.append(match.span())
+                else:
+                    spans.append(Span(*match.span(), pattern.entity_type, pattern.score))
     spans.extend(_after_cues(text, language, has_digit))
     return spans, protected
 
@@ -109,8 +110,13 @@ def _speaks(entry: dict[str, Any], language: str) -> bool:
 
 
 @cache
-def _shapes(language: str) -> list[Pattern]:
-    return [_compile(entry) for entry in _entries() if "cues" not in entry and _speaks(entry, language)]
+def _shapes(language: str) -> dict[str, list[Pattern]]:
+    """The patterns without cues, by the character that they need."""
+    shapes: dict[str, list[Pattern]] = {}
+    for entry in _entries():
+        if "cues" not in entry and _speaks(entry, language):
+            shapes.setdefault(entry.get("needs", ""), []).append(_compile(entry))
+    return shapes
 
 
 @cache

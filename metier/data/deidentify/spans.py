@@ -10,12 +10,11 @@ import bisect
 import re
 import unicodedata
 from collections.abc import Iterable
-from dataclasses import dataclass
 from functools import cache
+from typing import NamedTuple
 
 
-@dataclass(frozen=True, slots=True, order=True)
-class Span:
+class Span(NamedTuple):
     """A suspected identifier: text[start:end] of the input (code points), its type, and how sure (0 to 1)."""
 
     start: int
