@@ -66,6 +66,8 @@ class Served:
                     return
             except OSError:
                 continue
+        self.process.kill()
+        raise SystemExit("metier serve did not answer within 150 s")
 
     def call(self, method: str, path: str, body: Any = None, timeout: float = 300) -> tuple[int, bytes]:
         connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=timeout)
