@@ -141,11 +141,11 @@ def _run_folder(recipe: Recipe, ui: Ui | None) -> Iterator[tuple[Path, Ui]]:
 def _prepare(recipe: Recipe, out: Path, ui: Ui) -> None:
     from metier.data.prepare import dataset_key, prepare
 
-    key = dataset_key(recipe, out / "dataset")
-    if is_current(out / "dataset", key):
+    asked = dataset_key(recipe, out / "dataset")
+    if is_current(out / "dataset", asked[0]):
         ui.say("dataset: up to date")
         return
-    prepare(recipe, out=out / "dataset", progress=ui.say)
+    prepare(recipe, out=out / "dataset", progress=ui.say, asked=asked)
     _store(recipe, out)
     audit_artifacts(out)
 

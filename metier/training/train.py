@@ -38,6 +38,12 @@ from metier.training.stop import StopRequest
 from metier.training.track import Metrics
 
 
+def read_weights(dataset: Path, split: str) -> list[float]:
+    """How much each record of the split counts, in the file's order: 1 but for class-weighted training records."""
+    table = polars.read_parquet(dataset / "records.parquet").filter(polars.col("split") == split)
+    return table["weight"].fill_null(1.0).to_list() if "weight" in table.columns else [1.0] * len(table)
+
+
 def read_split(dataset: Path, split: str) -> tuple[list[str], list[list[Message]]]:
     """record_ids and conversations of one split of a data set, in the file's order."""
     table = polars.read_parquet(dataset / "records.parquet", columns=["record_id", "split", "messages"])
@@ -113,7 +119,9 @@ def read_records(
     """
     splits, labels = {}, {}
     for split in ("train", "val"):
-        splits[split], labels[split] = render_records(*read_split(dataset, split), renderer, config)
+        splits[split], labels[split] = render_records(
+            *read_split(dataset, split), renderer, config, weights=read_weights(dataset, split)
+        )
     if not splits["train"]:
         raise DataError("the data set has no training records", hint="lower `data.val` and `data.test`")
     _tell_left_out(labels, say)
