@@ -159,6 +159,8 @@ def _controls(found: Run) -> list[dict[str, Any]]:
     table = words(found.language)
     rows = []
     for name, control in found.evidence["controls"].items():
+        if name == "full":
+            continue  # it has a section of its own
         metric = control["metric"]
         rows.append({"key": name, "name": table[name], "value": show(metric, control[metric]),
                      "outcome": control["outcome"], **_difference(found, metric, control)})  # fmt: skip

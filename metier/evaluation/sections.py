@@ -115,8 +115,10 @@ def beside_full(evidence: dict[str, Any], language: Language) -> Row | None:
     first = next(row for row in rows if row["name"] == table[metric])
     sides = [found["training"][side] for side in ("full", "adapter")]
     share = f"{100 * sides[1]['trainable_parameters'] / sides[0]['trainable_parameters']:.2g} %"
+    needed, is_open = found["metrics"][metric]["n_needed"], first["outcome"] == "not enough data"
     line = table["beside_full_line"].format(
-        metric=table[metric], full=first["base"], share=share, outcome=table[f"tag_{first['outcome']}"],
+        needed=table["needed_to_tell"].format(n=f"{needed:,}") if is_open and needed else "",
+        metric=table[metric], full=first["base"], share=share, outcome=table[f"tag_{first['outcome']}"].lower(),
         **{key: first[key] for key in ("adapter", "delta", "low", "high")},
     )  # fmt: skip
     cost = [(table[name], *("-" if side.get(key) is None else told(side[key]) for side in sides))
@@ -134,7 +136,7 @@ def _trainings(language: Language) -> list[tuple[str, str, Callable[[Any], str]]
         ("time", "train_seconds", lambda seconds: duration(seconds, language)),
         ("peak_memory_bytes", "peak_memory_bytes", gibibytes),
         ("peak_learning_rate", "peak_learning_rate", "{:.3g}".format),
-        ("val_loss", "val_loss", "{:.4g}".format),
+        ("validation_loss", "val_loss", "{:.4g}".format),
         ("train_precision", "precision", str),
     ]
 
