@@ -15,16 +15,33 @@ FP8_MAX = 448.0
 SCALE_FLOOR = 1e-12
 
 
-def low_rank(
-    x: torch.Tensor, lora_a: torch.Tensor, lora_b: torch.Tensor, *, scaling: float, dropout: float = 0.0
-) -> torch.Tensor:
-    """scaling * dropout(x) A^T B^T: what LoRA adds to x W^T (Hu et al., 2021, arXiv 2106.09685, equation 3).
+def keyed_dropout(x: torch.Tensor, probability: float, keys: torch.Tensor, site: int) -> torch.Tensor:
+    """Dropout on x [..., T, I] whose mask follows from the tokens' `keys` [T] int32 and the site's number alone.
+
+    A token's mask is the same wherever it lies, in whichever pass or process, and when it is computed again. The
+    bits are murmur3's finaliser (Appleby, 2011) over key, site and column.
+    """
+    columns = torch.arange(x.shape[-1], dtype=torch.int32, device=x.device) * -1640531527  # 2^32 / golden ratio
+    number = (site * 668265263 + 2**31) % 2**32 - 2**31  # as int32
+    bits = _mixed(keys + number)[:, None] + columns
+    # 31 random bits: the sign is not looked at.
+    kept = (_mixed(bits) & 0x7FFFFFFF) >= int(probability * 2**31)
+    return x * kept * (1 / (1 - probability))
+
+
+def _mixed(x: torch.Tensor) -> torch.Tensor:
+    """murmur3's 32-bit finaliser on int32, which wraps; shifts are made unsigned."""
+    x = (x ^ ((x >> 16) & 0xFFFF)) * -2048144789
+    x = (x ^ ((x >> 13) & 0x7FFFF)) * -1028477387
+    return x ^ ((x >> 16) & 0xFFFF)
+
+
+def low_rank(x: torch.Tensor, lora_a: torch.Tensor, lora_b: torch.Tensor, *, scaling: float) -> torch.Tensor:
+    """scaling * x A^T B^T: what LoRA adds to x W^T (Hu et al., 2021, arXiv 2106.09685, equation 3).
 
     x [..., I], whose dtype is also the result's [..., O]; lora_a [R, I] and lora_b [O, R] are the fp32 masters: B is
     scaled in fp32 and both are cast to x's dtype for the products.
     """
-    if dropout:
-        x = F.dropout(x, dropout)
     h = F.linear(x, lora_a.to(x.dtype))
     return F.linear(h, (lora_b * scaling).to(x.dtype))
 

@@ -28,7 +28,7 @@ from metier.training import ranks
 from metier.training.checkpoint import Progress, load_checkpoint, save_checkpoint
 from metier.training.pack import PackedBatch, pack_batches
 from metier.training.schedule import Plan, learning_rate_at, records_of_step, seed_of
-from metier.training.step import StepResult, mean_loss, train_step
+from metier.training.step import OutOfMemory, StepResult, mean_loss, train_step
 from metier.training.stop import StopRequest
 from metier.training.track import Metrics
 
@@ -74,12 +74,8 @@ class Trainer:
         """The next optimizer step; afterwards `progress` counts it."""
         try:
             result = self._attempt()
-        except (RuntimeError, MemoryError) as error:
-            if not is_out_of_memory(error):
-                raise
-            reason = str(error).splitlines()[0]
-            # The frames of the failed pass hold its activations.
-            error.__traceback__ = None
+        except OutOfMemory as error:
+            reason = str(error)
         else:
             return self._counted(result)
         self._step_back(reason)
@@ -88,9 +84,14 @@ class Trainer:
     def _attempt(self) -> StepResult:
         number = self.progress.step
         chosen = [self.train_records[i] for i in records_of_step(self.plan, self.seed, number)]
-        mine = ranks.share(chosen, [record.num_tokens for record in chosen])
-        batches = pack_batches(mine, self.progress.micro_batch_tokens, self.config.micro_batch_size)
-        torch.manual_seed(seed_of("dropout", self.seed, number, *([ranks.rank()] if ranks.rank() else [])))
+        places = ranks.share(range(len(chosen)), [record.num_tokens for record in chosen])
+        # By its place in the step: a record's dropout is the same in any pass of any rank.
+        keys = [seed_of("dropout", self.seed, number, place) & 0x7FFFFFFF for place in places]
+        batches = pack_batches(
+            [chosen[place] for place in places], self.progress.micro_batch_tokens, self.config.micro_batch_size, keys
+        )
+        # For an architecture with dropout of its own.
+        torch.manual_seed(seed_of("dropout", self.seed, number))
         return train_step(
             self.model,
             self.optimizer,
@@ -119,18 +120,12 @@ class Trainer:
         """After running out of memory: half the tokens a pass, then recomputation, then a sentence.
 
         Weights, optimizer and step are as they were, and a step's records stay the same: the step is only cut
-        into more passes.
+        into more passes. Every rank comes here together, and finds the same.
         """
         progress = self.progress
         self.optimizer.zero_grad(set_to_none=True)
         if self.base.device.type == "cuda":
             torch.cuda.empty_cache()
-        if ranks.size() > 1:
-            raise RunError(
-                f"rank {ranks.rank()} ran out of memory in step {progress.step + 1} ({reason})",
-                hint=f"set `train.micro_batch_tokens` to {max(1, progress.micro_batch_tokens // 2)} or "
-                "`train.recompute: full`, and start again: the run goes on from its last checkpoint",
-            )
         chosen = records_of_step(self.plan, self.seed, progress.step)
         longest = max(self.train_records[i].num_tokens for i in chosen)
         if not progress.step_backs and progress.micro_batch_tokens > longest:
@@ -241,11 +236,6 @@ class Trainer:
             if is_stopping:
                 return True
         return False
-
-
-def is_out_of_memory(error: BaseException) -> bool:
-    """Whether a GPU's or the host's memory ran out: torch raises a plain RuntimeError for the latter."""
-    return isinstance(error, torch.OutOfMemoryError | MemoryError) or "can't allocate memory" in str(error)
 
 
 def _log_nothing(**values: float) -> int:

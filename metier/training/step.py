@@ -15,6 +15,7 @@ import torch
 
 from metier.kernels.reference import cross_entropy_sum
 from metier.model.fused import FusedModel
+from metier.model.lora import LoRALinear
 from metier.training import ranks
 from metier.training.pack import PackedBatch
 
@@ -28,6 +29,10 @@ class StepResult:
     num_tokens: int
     num_loss_tokens: int
     is_skipped: bool
+
+
+class OutOfMemory(Exception):
+    """A pass of this step ran out of memory, on this rank or another; raised on every rank."""
 
 
 def loss_sum(model: Any, batch: PackedBatch) -> torch.Tensor:
@@ -59,7 +64,8 @@ def train_step(
 ) -> StepResult:
     """Forward and backward over `batches`, clip, update. A step with NaN or inf leaves the weights as they were.
 
-    With several ranks, `batches` are this rank's part of the step; the result is of all of them.
+    With several ranks, `batches` are this rank's part of the step; the result is of all of them. Raises `OutOfMemory`
+    on all of them when a pass of one did not fit; weights and optimizer are then as they were.
     `scaler` scales the loss for fp16 and is disabled otherwise.
     """
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
@@ -70,10 +76,19 @@ def train_step(
         sum(batch.loss_weight for batch in batches),
     )
     weight = scaler.scale(torch.full_like(total, 1 / loss_weight))
-    for batch in batches:
-        total += accumulate(model, batch, weight)
+    reason = ""
+    try:
+        for batch in batches:
+            total += accumulate(model, batch, weight)
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error):
+            raise
+        reason = (str(error).splitlines() or ["memory"])[0]
+    # The failed pass's activations are free from here on. The ranks agree before they add up gradients.
+    loss_of_all, num_failed = ranks.totals(0.0 if reason else float(total), bool(reason))
+    if num_failed:
+        raise OutOfMemory(reason or "another rank ran out of memory")
     ranks.sum_gradients(parameters)
-    (loss_of_all,) = ranks.totals(float(total))
     scaler.unscale_(optimizer)
     grad_norm = torch.nn.utils.clip_grad_norm_(parameters, max_grad_norm)
     is_finite = bool(torch.isfinite(grad_norm)) and math.isfinite(loss_of_all)
@@ -86,10 +101,18 @@ def train_step(
     return StepResult(loss_of_all / loss_weight, float(grad_norm), int(num_tokens), int(num_loss_tokens), not is_finite)
 
 
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether a GPU's or the host's memory ran out: torch raises a plain RuntimeError for the latter."""
+    return isinstance(error, torch.OutOfMemoryError | MemoryError) or "can't allocate memory" in str(error)
+
+
 def accumulate(model: Any, batch: PackedBatch, weight: torch.Tensor) -> torch.Tensor:
     """The pass's `loss_sum`, detached, after adding its gradient times `weight` to the adapter's."""
     if isinstance(model, FusedModel):
         return model.accumulate(batch, weight)
+    for module in model.modules():
+        if isinstance(module, LoRALinear):
+            module.row_keys = batch.row_keys
     loss = loss_sum(model, batch)
     torch.autograd.backward(loss * weight)
     return loss.detach()
