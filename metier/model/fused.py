@@ -9,21 +9,19 @@ transformers modules with plain LoRA layers; the results are equal to rounding (
 
 from __future__ import annotations
 
-from typing import Any, Literal, Protocol
+from typing import Any, Protocol
 
 import torch
-from torch.utils.checkpoint import checkpoint
 
 from metier.kernels.attention import Documents, takes_flash
 from metier.kernels.frozen import DenseWeight, Fp8Weight, stack
 from metier.kernels.loss import Head, head_loss
 from metier.kernels.reference import Heads, Rotation
-from metier.model.graphs import MAX_WORK, GraphedPasses
-from metier.model.layers import Layer, Site, run_layer
+from metier.model.graphs import GraphedPasses
+from metier.model.layers import Layer, Recompute, Site, run_layer
 from metier.model.lora import Adapter, LoRALinear
 from metier.model.quantise import FrozenLinear
 
-Recompute = Literal["none", "mlp", "layer"]
 ARCHITECTURES = ("llama", "mistral", "qwen2", "qwen3")
 
 
@@ -87,7 +85,7 @@ class FusedModel:
 
     def accumulate(self, batch: Batch, weight: torch.Tensor) -> torch.Tensor:
         """`loss_sum`, detached, after adding its gradient times `weight` (a scalar tensor) to the adapter's `.grad`."""
-        if self.graphs is not None and batch.input_ids.shape[1] * self.layer_size <= MAX_WORK:
+        if self.graphs is not None:
             loss = self.graphs.accumulate(batch, weight)
             if loss is not None:
                 return loss
@@ -114,16 +112,8 @@ class FusedModel:
         half = cos.shape[-1] // 2
         rotation = Rotation(cos[0, :, :half].contiguous(), sin[0, :, :half].contiguous())
         for layer in self.layers:
-            if self.recompute == "layer" and torch.is_grad_enabled():
-                x = checkpoint(
-                    self._layer, x, layer, rotation, documents, use_reentrant=False, preserve_rng_state=False
-                )
-            else:
-                x = self._layer(x, layer, rotation, documents)
+            x = run_layer(x, layer, rotation, documents, self.recompute)
         return x  # type: ignore[no-any-return]
-
-    def _layer(self, x: torch.Tensor, layer: Layer, rotation: Rotation, documents: Documents) -> torch.Tensor:
-        return run_layer(x, layer, rotation, documents, keeps=self.recompute != "mlp")
 
 
 def is_fused_architecture(config: Any) -> bool:

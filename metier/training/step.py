@@ -69,19 +69,39 @@ def train_step(
     for batch in batches:
         total += accumulate(model, batch, weight)
     ranks.sum_gradients(parameters)
-    (loss_of_all,) = ranks.totals(float(total))
-    scaler.unscale_(optimizer)
-    grad_norm = torch.nn.utils.clip_grad_norm_(parameters, max_grad_norm)
-    is_finite = bool(torch.isfinite(grad_norm)) and math.isfinite(loss_of_all)
-    if is_finite:
-        for group in optimizer.param_groups:
-            group["lr"] = learning_rate
-        scaler.step(optimizer)
-    scaler.update()
+    for group in optimizer.param_groups:
+        group["lr"] = learning_rate
+    if total.is_cuda and ranks.size() == 1 and not scaler.is_enabled():
+        loss_of_all, grad_norm = _update_unseen(optimizer, parameters, max_grad_norm, total)
+        is_finite = math.isfinite(grad_norm) and math.isfinite(loss_of_all)
+    else:
+        (loss_of_all,) = ranks.totals(float(total))
+        scaler.unscale_(optimizer)
+        grad_norm = float(torch.nn.utils.clip_grad_norm_(parameters, max_grad_norm))
+        is_finite = math.isfinite(grad_norm) and math.isfinite(loss_of_all)
+        if is_finite:
+            scaler.step(optimizer)
+        scaler.update()
     optimizer.zero_grad(set_to_none=True)
-    return StepResult(
-        loss_of_all / num_loss_tokens, float(grad_norm), int(num_tokens), int(num_loss_tokens), not is_finite
-    )
+    return StepResult(loss_of_all / num_loss_tokens, grad_norm, int(num_tokens), int(num_loss_tokens), not is_finite)
+
+
+def _update_unseen(
+    optimizer: Any, parameters: list[torch.Tensor], max_grad_norm: float, loss: torch.Tensor
+) -> tuple[float, float]:
+    """Clips and updates without waiting for the numbers: the GPU itself leaves a step with NaN or inf out.
+
+    That is what fused optimizers do for torch's loss scaler, which sets the same attribute. Returns loss and norm.
+    """
+    norm = torch.nn.utils.clip_grad_norm_(parameters, max_grad_norm)
+    numbers = torch.stack([loss.to(norm.dtype), norm])
+    optimizer.grad_scale, optimizer.found_inf = None, (~numbers.isfinite()).any().to(torch.float32)
+    try:
+        optimizer.step()
+    finally:
+        del optimizer.grad_scale, optimizer.found_inf
+    loss_value, norm_value = numbers.tolist()
+    return loss_value, norm_value
 
 
 def accumulate(model: Any, batch: PackedBatch, weight: torch.Tensor) -> torch.Tensor:
