@@ -49,7 +49,7 @@ TOKEN = re.compile(r"(?:Mr|Mrs|Ms|Dr|Prof)\.|\w+|[^\w\s]")  # as spaCy cuts, who
 Found = list[tuple[int, int, str]]
 Detector = Callable[[str], Found]
 # What no policy of metier's masks, and ages that no policy counts.
-QUIET = {"TITLE", "NRP", "COUNTRY", "AGE"}
+QUIET = {"TITLE", "NRP", "COUNTRY", "TIME", "AGE"}
 
 
 def rules(text: str) -> Found:

@@ -9,9 +9,9 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 from metier.artifacts import (
     MANIFEST,
@@ -29,6 +29,9 @@ from metier.artifacts import (
 )
 from metier.errors import RunError
 from metier.recipe import Recipe
+
+if TYPE_CHECKING:
+    from metier.evaluation.contenders import Contender
 
 # How often to write down what happened cannot change what happens.
 NO_EFFECT = {"log_every", "save_every", "report_to"}
@@ -87,6 +90,24 @@ def evaluate(recipe: Recipe, ui: Ui | None = None) -> Path:
     return out / "evidence"
 
 
+def export(
+    run: str | Path, to: str = "bundle", *, out: str | Path | None = None, storage: Sequence[str] = (),
+    targets: Sequence[str] = (), say: Callable[[str], None] = lambda text: None,
+) -> Path:  # fmt: skip
+    """Writes the run's adapter in a form that others serve, and its parity into the report; returns the folder.
+
+    Raises `RunError` for a form that is not what was measured; those that are stay.
+    """
+    from metier.serving.export import export as export_run
+
+    try:
+        return export_run(run, to, out=out, storage=storage, targets=targets, say=say)
+    finally:
+        folder = Path(run)
+        if read_manifest(folder / "evidence") and any(folder.glob("export/*/PARITY.json")):
+            _report(folder)
+
+
 def is_follower() -> bool:
     """Whether `torchrun` started this process as any but the first: it trains along, and writes and says nothing."""
     return int(os.environ.get("RANK", "0")) > 0 and _num_processes() > 1
@@ -120,11 +141,11 @@ def _run_folder(recipe: Recipe, ui: Ui | None) -> Iterator[tuple[Path, Ui]]:
 def _prepare(recipe: Recipe, out: Path, ui: Ui) -> None:
     from metier.data.prepare import dataset_key, prepare
 
-    key = dataset_key(recipe, out / "dataset")
-    if is_current(out / "dataset", key):
+    asked = dataset_key(recipe, out / "dataset")
+    if is_current(out / "dataset", asked[0]):
         ui.say("dataset: up to date")
         return
-    prepare(recipe, out=out / "dataset", progress=ui.say)
+    prepare(recipe, out=out / "dataset", progress=ui.say, asked=asked)
     _store(recipe, out)
     audit_artifacts(out)
 
@@ -182,6 +203,61 @@ def _train_adapter(recipe: Recipe, out: Path, key: str, ui: Ui) -> None:
     )  # fmt: skip
 
 
+def _full(recipe: Recipe, out: Path, ui: Ui) -> dict[str, Any]:
+    """Trains all weights of the base by the same recipe, where that is not done yet; returns the manifest."""
+    from metier.model.device import resolve_device, resolve_precision
+    from metier.model.load import empty_model, load_base, read_config
+    from metier.model.resolve import base_digest, resolve_base
+    from metier.training.full import refuse_too_large, train_full
+
+    dataset = _parent(out / "dataset", "prepare")
+    path = resolve_base(recipe.base, recipe.revision, progress=ui.say)
+    key = digest_json(
+        {
+            "stage": "full", "dataset": dataset["digest"], "base": base_digest(path), "seed": recipe.seed,
+            "train": recipe.train.model_dump(exclude=NO_EFFECT),
+        }
+    )  # fmt: skip
+    if is_current(out / "full", key):
+        ui.say("full fine-tuning: up to date")
+        return _parent(out / "full", "evaluate --reference full")
+    device = resolve_device(recipe.train.device)
+    precision = resolve_precision(recipe.train.precision, device)
+    refuse_too_large(sum(p.numel() for p in empty_model(read_config(str(path)), precision).parameters()), device)
+    base = load_base(
+        recipe.base, revision=recipe.revision, dtype=resolve_precision("fp32", device), device=device, progress=ui.say
+    )
+    return train_full(
+        base, recipe.train, precision=precision, dataset=out / "dataset", out=out / "full", seed=recipe.seed, key=key,
+        report=ui.progress, say=ui.say,
+    )  # fmt: skip
+
+
+def _contenders(recipe: Recipe, out: Path, ui: Ui) -> list[Contender]:
+    """The other models that the recipe puts beside the adapter; what is to be trained for that is trained."""
+    from metier.evaluation.contenders import Contender, earlier_of
+    from metier.model.resolve import base_digest, resolve_base
+    from metier.model.specialist import Specialist, load, precision_of
+
+    def loaded(folder: Path) -> Callable[[], Specialist]:
+        device = recipe.train.device
+        return lambda: load(folder, device=device, precision=precision_of(out / "adapter"), say=ui.say)
+
+    found = []
+    if recipe.evaluate.reference == "full":
+        manifest = _full(recipe, out, ui)
+        found.append(Contender("full", manifest["digest"], loaded(out / "full"), manifest))
+    if recipe.evaluate.earlier:
+        folder = Path(recipe.evaluate.earlier)
+        digest = base_digest(resolve_base(recipe.base, recipe.revision, progress=ui.say))
+        found.append(earlier_of(folder, loaded(folder), base_digest=digest))
+    return found
+
+
+def _digest_of(path: str | None) -> str | None:
+    return digest_file(Path(path)) if path and Path(path).is_file() else None
+
+
 def _evaluate(recipe: Recipe, out: Path, ui: Ui) -> None:
     dataset, adapter = _parent(out / "dataset", "prepare"), _parent(out / "adapter", "train")
     if adapter.get("parents", {}).get("dataset") != dataset["digest"]:
@@ -190,10 +266,12 @@ def _evaluate(recipe: Recipe, out: Path, ui: Ui) -> None:
             f"`{out / 'adapter'}` was trained on another data set than the one in `{out / 'dataset'}`",
             hint="run `metier train` first, or `metier run`",
         )
+    contenders = _contenders(recipe, out, ui)
     key = digest_json(
         {
             "stage": "evidence", "dataset": dataset["digest"], "adapter": adapter["digest"], "seed": recipe.seed,
-            "evaluate": recipe.evaluate.model_dump(),
+            "evaluate": recipe.evaluate.model_dump(), "contenders": {one.name: one.digest for one in contenders},
+            "own_probes": _digest_of(recipe.evaluate.own_probes),
         }
     )  # fmt: skip
     is_judged = is_current(out / "evidence", key)
@@ -201,24 +279,29 @@ def _evaluate(recipe: Recipe, out: Path, ui: Ui) -> None:
         ui.say("evidence: up to date")
         _enforce_gates(out)
         return
-    from metier.evaluation.card import write_card
-    from metier.evaluation.evaluate import evaluate
-    from metier.evaluation.report import write_report
-
     if not is_judged:
+        from metier.evaluation.evaluate import evaluate
         from metier.model.specialist import load
 
         specialist = load(out, device=recipe.train.device, say=ui.say)
         evaluate(
             specialist, dataset=out / "dataset", adapter=out / "adapter", config=recipe.evaluate, seed=recipe.seed,
-            out=out / "evidence", key=key, progress=ui.progress,
+            out=out / "evidence", key=key, progress=ui.progress, contenders=contenders,
         )  # fmt: skip
         audit_artifacts(out)
     _store(recipe, out)
+    _report(out)
+    _enforce_gates(out)
+
+
+def _report(out: Path) -> None:
+    """Writes report and card from what the run's folder holds."""
+    from metier.evaluation.card import write_card
+    from metier.evaluation.report import write_report
+
     write_card(out)
     names = [*write_report(out), "MODEL_CARD.md", *(f"{stage}/{MANIFEST}" for stage in STAGES)]
     append_audit(out, "report", files=_digests(out, names))
-    _enforce_gates(out)
 
 
 def _digests(out: Path, names: list[str]) -> dict[str, str]:

@@ -17,6 +17,7 @@ PUBLIC_NAMES = ["Recipe", "deidentify", "evaluate", "export", "load", "prepare",
 
 RECIPE_KEYS = """
     base revision out preset seed domain
+    scale.workers scale.ray
     data.sources data.test_sources data.encoding data.header_line data.sheets data.passage_chars
     data.prompt data.answer data.system data.messages data.text data.group_id data.task
     data.val data.test data.canaries
@@ -25,7 +26,7 @@ RECIPE_KEYS = """
     clean.min_chars clean.max_chars clean.languages clean.contradictions
     dedup.exact dedup.near dedup.threshold dedup.benchmarks
     balance.classes balance.limit balance.sources balance.general balance.general_share
-    augment.methods augment.copies
+    augment.methods augment.copies augment.paraphrases
     adapter.rank adapter.alpha adapter.target_modules adapter.dropout adapter.bias adapter.use_rslora
     train.epochs train.max_steps train.micro_batch_size train.grad_accum_steps train.micro_batch_tokens
     train.max_seq_len train.over_length train.train_on train.learning_rate train.min_learning_rate train.warmup_ratio
@@ -33,6 +34,7 @@ RECIPE_KEYS = """
     train.save_every train.report_to train.recompute
     evaluate.tasks evaluate.max_items evaluate.max_new_tokens evaluate.bootstrap_samples
     evaluate.smallest_effect evaluate.few_shot evaluate.forgetting evaluate.memorisation_items evaluate.gates
+    evaluate.own_probes evaluate.reference evaluate.earlier
     serve.redact serve.notice serve.refuse
 """
 
@@ -44,7 +46,7 @@ COMMANDS = {
     "inspect": "recipe --records --set",
     "plan": "recipe --card --memory --set --shape",
     "train": "recipe --out --set",
-    "evaluate": "recipe --out --set",
+    "evaluate": "recipe --out --reference --set",
     "trace": "runs --subject",
     "forget": "run --subject",
     "generate": f"run --base --prompt --system {DECODING}",

@@ -37,6 +37,7 @@ class Run:
     items: list[dict[str, Any]]
     base_name: str
     languages: list[str]
+    exports: list[dict[str, Any]]
     speaks: Language | None = None
 
     @property
@@ -72,6 +73,7 @@ def read_run(run: Path) -> Run:
         # A local folder's name says enough, and its path is nobody's business.
         base_name=Path(base).name if Path(base).is_absolute() else base,
         languages=counts["language"].to_list(),
+        exports=[json.loads(path.read_text(encoding="utf-8")) for path in sorted(run.glob("export/*/PARITY.json"))],
     )
 
 
@@ -114,6 +116,8 @@ def render(found: Run) -> str:
         forgetting=sections.cost_rows(found.evidence["forgetting"], found.language),
         behaviour=sections.cost_rows(found.evidence["behaviour"], found.language),
         memory=sections.memory_rows(found.evidence, found.language),
+        beside_full=sections.beside_full(found.evidence, found.language),
+        exports=sections.export_rows(found.exports, found.training["digest"]),
         gates=sections.gate_rows(found.evidence, found.language),
         calibration=sections.calibration_text(found.evidence, found.language),
         without_repeats=_without_repeats(found),
@@ -258,8 +262,9 @@ def _cost(found: Run) -> list[tuple[str, str]]:
         for name, value in found.evidence["cost"].items()
     ]
     seconds = found.training.get("train_seconds", found.training["timing"]["seconds"])
-    spent = ("minutes", f"{seconds / 60:,.1f}") if seconds >= 120 else ("seconds", f"{seconds:,.0f}")
-    rows.append((table["time"], table[spent[0]].format(value=spent[1])))
+    rows.append((table["time"], sections.duration(seconds, found.language)))
+    if found.training.get("peak_memory_bytes"):
+        rows.append((table["peak_memory_bytes"], sections.gibibytes(found.training["peak_memory_bytes"])))
     rows.append((table["energy"], sections.energy(found.training, seconds, found.language)))
     speeds = _series(found.curve, "tok_per_sec")[1]
     if speeds:

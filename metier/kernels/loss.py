@@ -29,8 +29,9 @@ class Head:
 class _HeadLoss(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, hidden: torch.Tensor, positions: torch.Tensor, targets: torch.Tensor, head: Head, chunk: int
-    ) -> torch.Tensor:
+        ctx: Any, hidden: torch.Tensor, positions: torch.Tensor, targets: torch.Tensor,
+        weights: torch.Tensor | None, head: Head, chunk: int,
+    ) -> torch.Tensor:  # fmt: skip
         x = hidden.index_select(0, positions)
         rows = ops.project_rows(x, factor=head.norm, eps=head.eps)
         assert rows.dense is not None
@@ -39,7 +40,8 @@ class _HeadLoss(torch.autograd.Function):
         for start in range(0, x.shape[0], chunk):
             piece = slice(start, start + chunk)
             logits = rows.dense[piece] @ head.weight.T
-            total += ops.cross_entropy_rows(logits, targets[piece]).sum()
+            losses = ops.cross_entropy_rows(logits, targets[piece])
+            total += (losses if weights is None else losses * weights[piece]).sum()
             if grad is not None:
                 torch.mm(logits, head.weight, out=grad[piece])
             del logits
@@ -47,6 +49,7 @@ class _HeadLoss(torch.autograd.Function):
             grad, _ = ops.norm_backward(
                 grad, x, rstd=rows.rstd, weight=head.norm, low=None, down=None, projected=None, residual=None
             )
+            grad = grad if weights is None else grad * weights.to(grad.dtype)[:, None]  # each row by itself
         ctx.save_for_backward(grad, positions)
         ctx.num_rows = hidden.shape[0]
         return total
@@ -57,14 +60,16 @@ class _HeadLoss(torch.autograd.Function):
         whole = torch.zeros(ctx.num_rows, grad.shape[1], device=grad.device, dtype=grad.dtype)
         # Positions that carry no loss may name the same row; they add zeros.
         whole.index_add_(0, positions, grad * grads[0].to(grad.dtype))
-        return whole, None, None, None, None
+        return whole, None, None, None, None, None
 
 
 def head_loss(
-    hidden: torch.Tensor, positions: torch.Tensor, targets: torch.Tensor, head: Head, *, chunk: int = CHUNK
-) -> torch.Tensor:
+    hidden: torch.Tensor, positions: torch.Tensor, targets: torch.Tensor, head: Head,
+    *, weights: torch.Tensor | None = None, chunk: int = CHUNK,
+) -> torch.Tensor:  # fmt: skip
     """Summed negative log-likelihood, an fp32 scalar.
 
-    hidden [M, I] before the final norm; positions [N] int64; targets [N] int64, -100 where there is no loss.
+    hidden [M, I] before the final norm; positions [N] int64; targets [N] int64, -100 where there is no loss;
+    weights [N] fp32, how much each position counts (None: 1).
     """
-    return _HeadLoss.apply(hidden, positions, targets, head, chunk)  # type: ignore[no-any-return, no-untyped-call]
+    return _HeadLoss.apply(hidden, positions, targets, weights, head, chunk)  # type: ignore[no-any-return, no-untyped-call]

@@ -1,4 +1,4 @@
-"""One name for each op: the Triton kernel on a CUDA device, its plain-PyTorch definition elsewhere and in float64."""
+"""One name for each op: the Triton kernel on a CUDA device, few passes on a CPU, the definition in float64."""
 
 from __future__ import annotations
 
@@ -7,12 +7,14 @@ from typing import Any
 
 import torch
 
-from metier.kernels import reference
+from metier.kernels import cpu, reference
 
 
 def _on(x: torch.Tensor, name: str) -> Callable[..., Any]:
-    if not x.is_cuda or x.dtype == torch.float64:
+    if x.dtype == torch.float64:
         return getattr(reference, name)  # type: ignore[no-any-return]
+    if not x.is_cuda:
+        return cpu.__dict__.get(name) or getattr(reference, name)  # type: ignore[no-any-return]
     from metier.kernels import triton_rows, triton_swiglu, triton_tiles
 
     for module in (triton_swiglu, triton_tiles, triton_rows):

@@ -37,6 +37,8 @@ class Batch(Protocol):
     @property
     def loss_targets(self) -> torch.Tensor: ...
     @property
+    def loss_weights(self) -> torch.Tensor | None: ...
+    @property
     def lengths(self) -> tuple[int, ...]: ...
 
 
@@ -81,11 +83,15 @@ class FusedModel:
     def loss_sum(self, batch: Batch) -> torch.Tensor:
         """Summed cross-entropy in nats (fp32 scalar) of one pass."""
         documents = Documents.of(batch.lengths, batch.input_ids.device, is_flash=self.is_flash)
-        return self.loss_of(batch.input_ids, batch.position_ids, documents, batch.loss_positions, batch.loss_targets)
+        return self.loss_of(
+            batch.input_ids, batch.position_ids, documents, batch.loss_positions, batch.loss_targets,
+            batch.loss_weights,
+        )  # fmt: skip
 
     def accumulate(self, batch: Batch, weight: torch.Tensor) -> torch.Tensor:
         """`loss_sum`, detached, after adding its gradient times `weight` (a scalar tensor) to the adapter's `.grad`."""
-        if self.graphs is not None:
+        is_weighted = batch.loss_weights is not None  # which no graph has a buffer for
+        if self.graphs is not None and not is_weighted:
             loss = self.graphs.accumulate(batch, weight)
             if loss is not None:
                 return loss
@@ -95,12 +101,12 @@ class FusedModel:
 
     def loss_of(
         self, input_ids: torch.Tensor, position_ids: torch.Tensor, documents: Documents,
-        positions: torch.Tensor, targets: torch.Tensor,
+        positions: torch.Tensor, targets: torch.Tensor, weights: torch.Tensor | None = None,
     ) -> torch.Tensor:  # fmt: skip
         """`loss_sum` of a pass whose documents are laid out already."""
         norm = self.decoder.norm
         head = Head(norm.weight, norm.variance_epsilon, self.head)
-        return head_loss(self._hidden(input_ids, position_ids, documents), positions, targets, head)
+        return head_loss(self._hidden(input_ids, position_ids, documents), positions, targets, head, weights=weights)
 
     def _hidden(self, input_ids: torch.Tensor, position_ids: torch.Tensor, documents: Documents) -> torch.Tensor:
         """The last layer's output before the final norm, [M, I]."""

@@ -53,6 +53,19 @@ def fold(text: str) -> tuple[str, list[int] | None]:
     return "".join(folded[i] for i in offsets), offsets
 
 
+def whole_words(text: str, start: int, end: int) -> tuple[int, int]:
+    """The range grown to whole words; Flores-Kidd is one."""
+    while start > 0 and text[start].isalnum() and (text[start - 1].isalnum() or _hyphen(text, start - 1)):
+        start -= 1 if text[start - 1].isalnum() else 2
+    while end < len(text) and text[end - 1].isalnum() and (text[end].isalnum() or _hyphen(text, end)):
+        end += 1 if text[end].isalnum() else 2
+    return start, end
+
+
+def _hyphen(text: str, i: int) -> bool:
+    return text[i] == "-" and text[i - 1 : i].isalpha() and text[i + 1 : i + 2].isalpha()
+
+
 def unfold(spans: Iterable[Span], offsets: list[int] | None) -> list[Span]:
     """Spans of the folded text as spans of the input."""
     if offsets is None:
