@@ -9,19 +9,21 @@ transformers modules with plain LoRA layers; the results are equal to rounding (
 
 from __future__ import annotations
 
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 import torch
+from torch.utils.checkpoint import checkpoint
 
 from metier.kernels.attention import Documents, takes_flash
 from metier.kernels.frozen import DenseWeight, Fp8Weight, stack
 from metier.kernels.loss import Head, head_loss
 from metier.kernels.reference import Heads, Rotation
 from metier.model.graphs import GraphedPasses
-from metier.model.layers import Layer, Recompute, Site, run_layer
+from metier.model.layers import Layer, Site, run_layer
 from metier.model.lora import Adapter, LoRALinear
 from metier.model.quantise import FrozenLinear
 
+Recompute = Literal["none", "mlp", "layer"]
 ARCHITECTURES = ("llama", "mistral", "qwen2", "qwen3")
 
 
@@ -118,8 +120,16 @@ class FusedModel:
         half = cos.shape[-1] // 2
         rotation = Rotation(cos[0, :, :half].contiguous(), sin[0, :, :half].contiguous())
         for layer in self.layers:
-            x = run_layer(x, layer, rotation, documents, self.recompute)
+            if self.recompute == "layer" and torch.is_grad_enabled():
+                x = checkpoint(
+                    self._layer, x, layer, rotation, documents, use_reentrant=False, preserve_rng_state=False
+                )
+            else:
+                x = self._layer(x, layer, rotation, documents)
         return x  # type: ignore[no-any-return]
+
+    def _layer(self, x: torch.Tensor, layer: Layer, rotation: Rotation, documents: Documents) -> torch.Tensor:
+        return run_layer(x, layer, rotation, documents, keeps=self.recompute != "mlp")
 
 
 def is_fused_architecture(config: Any) -> bool:

@@ -8,7 +8,7 @@ next. No gradient of a frozen weight is formed, and nothing is kept that is chea
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import nn
@@ -17,8 +17,6 @@ from metier.kernels import ops
 from metier.kernels.attention import Documents, attend
 from metier.kernels.frozen import FrozenWeight
 from metier.kernels.reference import Heads, Rotation, Rows, rank_gradient
-
-Recompute = Literal["none", "mlp", "layer"]
 
 
 @dataclass
@@ -230,36 +228,6 @@ def _mlp_backward(
     return dx, [*here, *_interleave(next_site.down_gradients(result.down), next_ups)]
 
 
-class _Recomputed(torch.autograd.Function):
-    """A layer that keeps its input and h A^T alone; backward computes it again as far as gate and up, no further."""
-
-    @staticmethod
-    def forward(
-        ctx: Any, x: torch.Tensor, layer: Layer, rotation: Rotation, documents: Documents, *_: torch.Tensor
-    ) -> torch.Tensor:
-        y, _, low_h, _ = _mlp_forward(_attention_block(x, layer, rotation, documents), layer)
-        ctx.save_for_backward(x, low_h)
-        ctx.layer, ctx.rotation, ctx.documents = layer, rotation, documents
-        return y
-
-    @staticmethod
-    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        x, low_h = ctx.saved_tensors
-        layer, needs_dx = ctx.layer, ctx.needs_input_grad[0]
-        x = x.detach().requires_grad_(needs_dx)
-        with torch.enable_grad():
-            middle = _attention_block(x, layer, ctx.rotation, ctx.documents)
-        plain = middle.detach()
-        rows = _norm(plain, layer.output_norm, layer.eps, layer.gate_up)
-        both = layer.gate_up.weight.matmul(rows)
-        d_middle, mlp_grads = _mlp_backward(grads[0], layer, plain, rows, low_h, both)
-        parameters = [*layer.qkv.parameters, *layer.o.parameters]
-        inputs = [x, *parameters] if needs_dx else parameters
-        found = list(torch.autograd.grad(middle, inputs, d_middle)) if inputs else []
-        dx = found.pop(0) if needs_dx else None
-        return dx, None, None, None, *found, *mlp_grads
-
-
 def _attention_block(x: torch.Tensor, layer: Layer, rotation: Rotation, documents: Documents) -> torch.Tensor:
     """x + o_proj(attention(norm(x))), [M, I]."""
     q, k, v, x = _Queries.apply(x, layer, rotation, *layer.qkv.parameters)  # type: ignore[no-untyped-call]
@@ -267,13 +235,8 @@ def _attention_block(x: torch.Tensor, layer: Layer, rotation: Rotation, document
     return _Output.apply(x, attention, layer, *layer.o.parameters)  # type: ignore[no-any-return, no-untyped-call]
 
 
-def run_layer(
-    x: torch.Tensor, layer: Layer, rotation: Rotation, documents: Documents, recompute: Recompute
-) -> torch.Tensor:
-    """A decoder layer: x [M, I] -> [M, I]. `mlp`: backward computes gate and up again; `layer`: all but the last."""
-    parameters = (*layer.gate_up.parameters, *layer.down.parameters)
-    if recompute == "layer" and torch.is_grad_enabled():
-        parameters = (*layer.qkv.parameters, *layer.o.parameters, *parameters)
-        return _Recomputed.apply(x, layer, rotation, documents, *parameters)  # type: ignore[no-any-return, no-untyped-call]
+def run_layer(x: torch.Tensor, layer: Layer, rotation: Rotation, documents: Documents, *, keeps: bool) -> torch.Tensor:
+    """A decoder layer: x [M, I] -> [M, I]. Unless it `keeps` gate and up, backward computes them again."""
     x = _attention_block(x, layer, rotation, documents)
-    return _Mlp.apply(x, layer, recompute != "mlp", *parameters)  # type: ignore[no-any-return, no-untyped-call]
+    parameters = (*layer.gate_up.parameters, *layer.down.parameters)
+    return _Mlp.apply(x, layer, keeps, *parameters)  # type: ignore[no-any-return, no-untyped-call]
