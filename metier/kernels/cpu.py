@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 
 from metier.kernels import reference
-from metier.kernels.reference import Rows, SwigluGrads
+from metier.kernels.reference import Rows, SwigluGrads, rank_gradient
 
 # Scores that exist at a time, in elements.
 MAX_SCORES = 1 << 24
@@ -94,7 +94,9 @@ def swiglu_backward(
     torch.ops.aten.silu_backward.grad_input(dh * linear, gate, grad_input=grad[:, :half])
     torch.mul(dh, silu, out=grad[:, half:])
     rows = project_rows(grad, factor=factor, down=up, segments=(half, 2 * half), quantise=quantise)
-    return SwigluGrads(silu.mul_(linear), grad, rows)
+    h = silu.mul_(linear)
+    up_grad = None if low is None else rank_gradient(grad, low, (half, 2 * half))
+    return SwigluGrads(rows, up_grad, None if low_dh is None else rank_gradient(low_dh, h, (low_dh.shape[1],)))
 
 
 class _Attention(torch.autograd.Function):

@@ -27,7 +27,7 @@ def project_rows(x: torch.Tensor, **options: Any) -> reference.Rows:
     return _on(x, "project_rows")(x, **options)  # type: ignore[no-any-return]
 
 
-def norm_backward(dz: torch.Tensor, x: torch.Tensor, **options: Any) -> torch.Tensor:
+def norm_backward(dz: torch.Tensor, x: torch.Tensor, **options: Any) -> tuple[torch.Tensor, torch.Tensor | None]:
     return _on(x, "norm_backward")(dz, x, **options)  # type: ignore[no-any-return]
 
 
@@ -41,7 +41,7 @@ def rotate(qkv: torch.Tensor, *rest: Any) -> tuple[torch.Tensor, torch.Tensor, t
 
 def rotate_backward(
     grads: tuple[torch.Tensor, torch.Tensor, torch.Tensor], *rest: Any
-) -> tuple[torch.Tensor, torch.Tensor | None]:
+) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
     return _on(grads[0], "rotate_backward")(grads, *rest)  # type: ignore[no-any-return]
 
 

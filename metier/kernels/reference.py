@@ -109,6 +109,26 @@ def project_rows(
     return Rows(z.to(x.dtype), None, None, low, rstd)
 
 
+def rank_gradient(dy: torch.Tensor, low: torch.Tensor, ends: tuple[int, ...]) -> torch.Tensor:
+    """dy^T low, segment by segment: dy [M, O], low [M, n R] -> [O, R]; sum and result in fp32 (float64 stays).
+
+    `ends` are the ends of the n column ranges of dy; range j meets low[:, j R : (j+1) R].
+    """
+    rank = low.shape[1] // len(ends)
+    starts = (0, *ends[:-1])
+    parts = [
+        _product32(dy[:, a:b].T, low[:, j * rank : (j + 1) * rank])
+        for j, (a, b) in enumerate(zip(starts, ends, strict=True))
+    ]
+    return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+
+def _product32(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+    if a.is_cuda and a.dtype in (torch.bfloat16, torch.float16):
+        return torch.mm(a, b, out_dtype=torch.float32)
+    return (a @ b).to(torch.promote_types(a.dtype, torch.float32))
+
+
 def norm_backward(
     dz: torch.Tensor,
     x: torch.Tensor,
@@ -117,17 +137,24 @@ def norm_backward(
     weight: torch.Tensor,
     low: torch.Tensor | None,
     down: torch.Tensor | None,
+    projected: torch.Tensor | None,
     residual: torch.Tensor | None,
-) -> torch.Tensor:
-    """Gradient of x for z = weight * x * rstd, with dz [M, I] + low [M, R] down [R, I] arriving, plus `residual`."""
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Gradient of x for z = weight * x * rstd, with dz [M, I] + low [M, R] down [R, I] arriving, plus `residual`.
+
+    Also low^T z [R, I], fp32: the gradient of `down`. `projected` is z down^T [M, R], which a kernel needs.
+    """
     work = torch.float64 if x.dtype == torch.float64 else torch.float32
     grad = dz.to(work)
+    down_grad = None
     if low is not None and down is not None:
         grad = grad + low.to(work) @ down.to(work)
+        # dA = ((low * rstd)^T x) * weight: z is not formed again.
+        down_grad = rank_gradient((low * rstd[:, None]).to(x.dtype), x, (low.shape[1],)) * weight
     unit = x.to(work) * rstd[:, None]
     grad = grad * weight.to(work)
     dx = rstd[:, None] * (grad - unit * (grad * unit).mean(-1, keepdim=True))
-    return (dx if residual is None else dx + residual).to(x.dtype)
+    return (dx if residual is None else dx + residual).to(x.dtype), down_grad
 
 
 def add_low_rank(
@@ -210,10 +237,11 @@ def rotate_backward(
     heads: Heads,
     rotation: Rotation,
     factor: torch.Tensor | None = None,
-) -> tuple[torch.Tensor, torch.Tensor | None]:
+) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
     """The gradient of the sum that `rotate` starts from, [M, O]; qkv is read where q and k are normalised alone.
 
-    With `factor` [O], also the rows' largest magnitudes of gradient * factor, [M].
+    With `factor` [O], also the rows' largest magnitudes of gradient * factor, [M]; with `low` the gradient of `up`,
+    fp32 [O, R].
     """
     dtype = grads[0].dtype
     work = torch.float64 if dtype == torch.float64 else torch.float32
@@ -226,7 +254,8 @@ def rotate_backward(
             unit, grad = raw[j] * rstd, turned[j] * norm
             turned[j] = rstd * (grad - unit * (grad * unit).mean(-1, keepdim=True))
     whole = torch.cat([g.flatten(1).to(dtype) for g in (*turned, grads[2])], 1)
-    return whole, None if factor is None else (whole * factor).abs().amax(1)
+    largest = None if factor is None else (whole * factor).abs().amax(1)
+    return whole, largest, None if low is None else rank_gradient(whole, low, heads.ends)
 
 
 def swiglu(
@@ -259,11 +288,11 @@ def _gate_up(
 
 
 class SwigluGrads(NamedTuple):
-    """h [M, F] as the forward pass made it, the gradient [M, 2F] of gate and up, and the same as `Rows` for dX."""
+    """The gradient [M, 2F] of gate and up as `Rows` for dX, and those of `up` [2F, R] and of `down` [R', F], fp32."""
 
-    h: torch.Tensor
-    grad: torch.Tensor
     rows: Rows
+    up: torch.Tensor | None
+    down: torch.Tensor | None
 
 
 def swiglu_backward(
@@ -291,7 +320,10 @@ def swiglu_backward(
     d_both = torch.cat([d_gate, grad * g * sigmoid], 1).to(dh.dtype)
     half = dh.shape[1]
     rows = project_rows(d_both, factor=factor, down=up, segments=(half, 2 * half), quantise=quantise)
-    return SwigluGrads(h.to(dh.dtype), d_both, rows)
+    up_grad = None if low is None else rank_gradient(d_both, low, (half, 2 * half))
+    return SwigluGrads(
+        rows, up_grad, None if low_dh is None else rank_gradient(low_dh, h.to(dh.dtype), (low_dh.shape[1],))
+    )
 
 
 def cross_entropy_rows(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:

@@ -18,7 +18,7 @@ from metier.kernels.attention import Documents, takes_flash
 from metier.kernels.frozen import DenseWeight, Fp8Weight, stack
 from metier.kernels.loss import Head, head_loss
 from metier.kernels.reference import Heads, Rotation
-from metier.model.graphs import MAX_WORK, GraphedPasses
+from metier.model.graphs import GraphedPasses
 from metier.model.layers import Layer, Site, run_layer
 from metier.model.lora import Adapter, LoRALinear
 from metier.model.quantise import FrozenLinear
@@ -93,7 +93,7 @@ class FusedModel:
     def accumulate(self, batch: Batch, weight: torch.Tensor) -> torch.Tensor:
         """`loss_sum`, detached, after adding its gradient times `weight` (a scalar tensor) to the adapter's `.grad`."""
         is_weighted = batch.loss_weights is not None  # which no graph has a buffer for
-        if self.graphs is not None and not is_weighted and batch.input_ids.shape[1] * self.layer_size <= MAX_WORK:
+        if self.graphs is not None and not is_weighted:
             loss = self.graphs.accumulate(batch, weight)
             if loss is not None:
                 return loss

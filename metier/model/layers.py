@@ -16,7 +16,7 @@ from torch import nn
 from metier.kernels import ops
 from metier.kernels.attention import Documents, attend
 from metier.kernels.frozen import FrozenWeight
-from metier.kernels.reference import Heads, Rotation, Rows
+from metier.kernels.reference import Heads, Rotation, Rows, rank_gradient
 
 
 @dataclass
@@ -69,31 +69,24 @@ class Site:
             quantise=self.weight.eats_fp8, largest=largest,
         )  # fmt: skip
 
-    def up_gradients(self, dy: torch.Tensor, low: torch.Tensor | None) -> list[torch.Tensor | None]:
-        """The gradient of each layer's B [O, R] from dy [M, O] and low = x A^T [M, n R], fp32."""
-        grads: list[torch.Tensor | None] = []
-        for j, pair in enumerate(self.masters):
-            if pair is not None:
-                assert low is not None
-                start = self.ends[j - 1] if j else 0
-                part = low[:, j * self.rank : (j + 1) * self.rank]
-                grads.append(_mm32(dy[:, start : self.ends[j]].T, part).mul_(self.scaling))
-        return grads
-
-    def down_gradients(self, low_dy: torch.Tensor | None, x: torch.Tensor) -> list[torch.Tensor | None]:
-        """The gradient of each layer's A [R, I] from low_dy = dy B [M, n R] and x [M, I], fp32."""
-        if low_dy is None:
+    def up_gradients(self, whole: torch.Tensor | None) -> list[torch.Tensor | None]:
+        """The gradient of each layer's B [O, R] from that of `up`, fp32 [O, R], which is overwritten."""
+        if whole is None:
             return []
-        whole = _mm32(low_dy.T, x)
+        whole.mul_(self.scaling)
+        starts = (0, *self.ends)
+        return [whole[starts[j] : self.ends[j]] for j, pair in enumerate(self.masters) if pair is not None]
+
+    def down_gradients(self, whole: torch.Tensor | None) -> list[torch.Tensor | None]:
+        """The gradient of each layer's A [R, I] from that of `down`, fp32 [n R, I]."""
+        if whole is None:
+            return []
         parts = whole.view(len(self.ends), self.rank, -1)
         return [parts[j] for j, pair in enumerate(self.masters) if pair is not None]
 
-
-def _mm32(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
-    """a b with the sum, and the result, in fp32 (float64 stays)."""
-    if a.is_cuda and a.dtype in (torch.bfloat16, torch.float16):
-        return torch.mm(a, b, out_dtype=torch.float32)
-    return (a @ b).to(torch.promote_types(a.dtype, torch.float32))
+    def rank_gradient(self, dy: torch.Tensor, low: torch.Tensor | None) -> torch.Tensor | None:
+        """The gradient of `up` from dy [M, O] and low = x A^T [M, n R]."""
+        return None if low is None else rank_gradient(dy, low, self.ends)
 
 
 def _interleave(downs: list[torch.Tensor | None], ups: list[torch.Tensor | None]) -> list[torch.Tensor | None]:
@@ -128,15 +121,6 @@ def _norm(x: torch.Tensor, weight: torch.Tensor, eps: float, site: Site) -> Rows
     )
 
 
-def _norm_gradients(site: Site, low_dz: torch.Tensor | None, x: torch.Tensor, rstd: torch.Tensor,
-                    weight: torch.Tensor) -> list[torch.Tensor | None]:  # fmt: skip
-    """A's gradient needs z = x * rstd * weight: dA = ((low_dz * rstd)^T x) * weight, and z is not formed again."""
-    if low_dz is None:
-        return []
-    scaled = (low_dz * rstd[:, None]).to(x.dtype)
-    return [None if g is None else g.mul_(weight) for g in site.down_gradients(scaled, x)]
-
-
 class _Queries(torch.autograd.Function):
     """x [M, I] -> q, k, v after norm, product, rotation; and x: its other reader's gradient comes back here."""
 
@@ -154,19 +138,20 @@ class _Queries(torch.autograd.Function):
     def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         x, rstd, low, qkv = ctx.saved_tensors
         layer, site = ctx.layer, ctx.layer.qkv
-        dy, largest = ops.rotate_backward(
+        dy, largest, up_grad = ops.rotate_backward(
             (grads[0], grads[1], grads[2]), qkv, low, site.up, layer.heads, ctx.rotation, site.factor
         )
-        ups = site.up_gradients(dy, low)
         rows = site.gradient_rows(dy, largest)
-        downs = _norm_gradients(site, rows.low, x, rstd, layer.input_norm)
-        dx = None
+        dx, down_grad = None, None
         if ctx.needs_input_grad[0]:
-            dx = ops.norm_backward(
+            dx, down_grad = ops.norm_backward(
                 site.weight.matmul_t(rows), x, rstd=rstd, weight=layer.input_norm, low=rows.low, down=site.down,
-                residual=grads[3],
+                projected=low, residual=grads[3],
             )  # fmt: skip
-        return dx, None, None, *_interleave(downs, ups)
+        elif rows.low is not None:
+            scaled = (rows.low * rstd[:, None]).to(x.dtype)
+            down_grad = rank_gradient(scaled, x, (scaled.shape[1],)) * layer.input_norm
+        return dx, None, None, *_interleave(site.down_gradients(down_grad), site.up_gradients(up_grad))
 
 
 class _Output(torch.autograd.Function):
@@ -185,12 +170,14 @@ class _Output(torch.autograd.Function):
     def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         attention, low = ctx.saved_tensors
         site, dy = ctx.layer.o, grads[0]
-        ups = site.up_gradients(dy, low)
+        ups = site.up_gradients(site.rank_gradient(dy, low))
         rows = site.gradient_rows(dy)
         d_attention = site.weight.matmul_t(rows)
+        downs: list[torch.Tensor | None] = []
         if rows.low is not None:
             d_attention.addmm_(rows.low, site.down)
-        return dy, d_attention, None, *_interleave(site.down_gradients(rows.low, attention), ups)
+            downs = site.down_gradients(rank_gradient(rows.low, attention, (site.rank,)))
+        return dy, d_attention, None, *_interleave(downs, ups)
 
 
 class _Mlp(torch.autograd.Function):
@@ -198,40 +185,58 @@ class _Mlp(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: torch.Tensor, layer: Layer, keeps: bool, *_: torch.Tensor) -> torch.Tensor:
-        rows = _norm(x, layer.output_norm, layer.eps, layer.gate_up)
-        both = layer.gate_up.weight.matmul(rows)
-        h = ops.swiglu(both, rows.low, layer.gate_up.up, down=layer.down.down_t, quantise=layer.down.weight.eats_fp8)
-        ctx.save_for_backward(x, rows.rstd, rows.low, h.low, both if keeps else None)
+        y, rows, low_h, both = _mlp_forward(x, layer)
+        ctx.save_for_backward(x, rows.rstd, rows.low, low_h, both if keeps else None)
         ctx.layer = layer
-        return ops.add_low_rank(x, layer.down.weight.matmul(h), h.low, layer.down.up)
+        return y
 
     @staticmethod
     def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         x, rstd, low, low_h, both = ctx.saved_tensors
-        layer, dy = ctx.layer, grads[0]
-        site, next_site = layer.gate_up, layer.down
+        layer = ctx.layer
         if both is None:
-            both = site.weight.matmul(_norm(x, layer.output_norm, layer.eps, site))
-        next_ups = next_site.up_gradients(dy, low_h)
-        next_rows = next_site.gradient_rows(dy)
-        result = ops.swiglu_backward(
-            next_site.weight.matmul_t(next_rows), both, low, site.up, low_dh=next_rows.low, down=next_site.down,
-            factor=site.factor, quantise=site.weight.eats_fp8,
-        )  # fmt: skip
-        next_downs = next_site.down_gradients(next_rows.low, result.h)
-        ups = site.up_gradients(result.grad, low)
-        downs = _norm_gradients(site, result.rows.low, x, rstd, layer.output_norm)
-        dz = site.weight.matmul_t(result.rows)
-        dx = ops.norm_backward(
-            dz, x, rstd=rstd, weight=layer.output_norm, low=result.rows.low, down=site.down, residual=dy
-        )
-        return dx, None, None, *_interleave(downs, ups), *_interleave(next_downs, next_ups)
+            both = layer.gate_up.weight.matmul(_norm(x, layer.output_norm, layer.eps, layer.gate_up))
+        dx, found = _mlp_backward(grads[0], layer, x, Rows(None, low=low, rstd=rstd), low_h, both)
+        return dx, None, None, *found
+
+
+def _mlp_forward(x: torch.Tensor, layer: Layer) -> tuple[torch.Tensor, Rows, torch.Tensor | None, torch.Tensor]:
+    """The MLP's output, its input after the norm, the projection of its hidden values, and gate and up."""
+    rows = _norm(x, layer.output_norm, layer.eps, layer.gate_up)
+    both = layer.gate_up.weight.matmul(rows)
+    h = ops.swiglu(both, rows.low, layer.gate_up.up, down=layer.down.down_t, quantise=layer.down.weight.eats_fp8)
+    return ops.add_low_rank(x, layer.down.weight.matmul(h), h.low, layer.down.up), rows, h.low, both
+
+
+def _mlp_backward(
+    dy: torch.Tensor, layer: Layer, x: torch.Tensor, rows: Rows, low_h: torch.Tensor | None, both: torch.Tensor
+) -> tuple[torch.Tensor, list[torch.Tensor | None]]:
+    """The gradients of x and of the parameters; of `rows` low and rstd are read, and `both` is overwritten."""
+    site, next_site = layer.gate_up, layer.down
+    assert rows.rstd is not None
+    next_ups = next_site.up_gradients(next_site.rank_gradient(dy, low_h))
+    next_rows = next_site.gradient_rows(dy)
+    result = ops.swiglu_backward(
+        next_site.weight.matmul_t(next_rows), both, rows.low, site.up, low_dh=next_rows.low, down=next_site.down,
+        factor=site.factor, quantise=site.weight.eats_fp8,
+    )  # fmt: skip
+    dx, down_grad = ops.norm_backward(
+        site.weight.matmul_t(result.rows), x, rstd=rows.rstd, weight=layer.output_norm, low=result.rows.low,
+        down=site.down, projected=rows.low, residual=dy,
+    )  # fmt: skip
+    here = _interleave(site.down_gradients(down_grad), site.up_gradients(result.up))
+    return dx, [*here, *_interleave(next_site.down_gradients(result.down), next_ups)]
+
+
+def _attention_block(x: torch.Tensor, layer: Layer, rotation: Rotation, documents: Documents) -> torch.Tensor:
+    """x + o_proj(attention(norm(x))), [M, I]."""
+    q, k, v, x = _Queries.apply(x, layer, rotation, *layer.qkv.parameters)  # type: ignore[no-untyped-call]
+    attention = attend(q, k, v, documents).flatten(1)
+    return _Output.apply(x, attention, layer, *layer.o.parameters)  # type: ignore[no-any-return, no-untyped-call]
 
 
 def run_layer(x: torch.Tensor, layer: Layer, rotation: Rotation, documents: Documents, *, keeps: bool) -> torch.Tensor:
     """A decoder layer: x [M, I] -> [M, I]. Unless it `keeps` gate and up, backward computes them again."""
-    q, k, v, x = _Queries.apply(x, layer, rotation, *layer.qkv.parameters)  # type: ignore[no-untyped-call]
-    attention = attend(q, k, v, documents).flatten(1)
-    x = _Output.apply(x, attention, layer, *layer.o.parameters)  # type: ignore[no-untyped-call]
+    x = _attention_block(x, layer, rotation, documents)
     parameters = (*layer.gate_up.parameters, *layer.down.parameters)
     return _Mlp.apply(x, layer, keeps, *parameters)  # type: ignore[no-any-return, no-untyped-call]

@@ -85,20 +85,46 @@ def train_step(
             raise
         reason = (str(error).splitlines() or ["memory"])[0]
     # The failed pass's activations are free from here on. The ranks agree before they add up gradients.
-    loss_of_all, num_failed = ranks.totals(0.0 if reason else float(total), bool(reason))
-    if num_failed:
-        raise OutOfMemory(reason or "another rank ran out of memory")
+    if ranks.size() > 1:
+        loss_of_all, num_failed = ranks.totals(0.0 if reason else float(total), bool(reason))
+        if num_failed:
+            raise OutOfMemory(reason or "another rank ran out of memory")
+    elif reason:
+        raise OutOfMemory(reason)
     ranks.sum_gradients(parameters)
-    scaler.unscale_(optimizer)
-    grad_norm = torch.nn.utils.clip_grad_norm_(parameters, max_grad_norm)
-    is_finite = bool(torch.isfinite(grad_norm)) and math.isfinite(loss_of_all)
-    if is_finite:
-        for group in optimizer.param_groups:
-            group["lr"] = learning_rate
-        scaler.step(optimizer)
-    scaler.update()
+    for group in optimizer.param_groups:
+        group["lr"] = learning_rate
+    if total.is_cuda and ranks.size() == 1 and not scaler.is_enabled():
+        loss_of_all, grad_norm = _update_unseen(optimizer, parameters, max_grad_norm, total)
+        is_finite = math.isfinite(grad_norm) and math.isfinite(loss_of_all)
+    else:
+        loss_of_all = loss_of_all if ranks.size() > 1 else float(total)
+        scaler.unscale_(optimizer)
+        grad_norm = float(torch.nn.utils.clip_grad_norm_(parameters, max_grad_norm))
+        is_finite = math.isfinite(grad_norm) and math.isfinite(loss_of_all)
+        if is_finite:
+            scaler.step(optimizer)
+        scaler.update()
     optimizer.zero_grad(set_to_none=True)
-    return StepResult(loss_of_all / loss_weight, float(grad_norm), int(num_tokens), int(num_loss_tokens), not is_finite)
+    return StepResult(loss_of_all / loss_weight, grad_norm, int(num_tokens), int(num_loss_tokens), not is_finite)
+
+
+def _update_unseen(
+    optimizer: Any, parameters: list[torch.Tensor], max_grad_norm: float, loss: torch.Tensor
+) -> tuple[float, float]:
+    """Clips and updates without waiting for the numbers: the GPU itself leaves a step with NaN or inf out.
+
+    That is what fused optimizers do for torch's loss scaler, which sets the same attribute. Returns loss and norm.
+    """
+    norm = torch.nn.utils.clip_grad_norm_(parameters, max_grad_norm)
+    numbers = torch.stack([loss.to(norm.dtype), norm])
+    optimizer.grad_scale, optimizer.found_inf = None, (~numbers.isfinite()).any().to(torch.float32)
+    try:
+        optimizer.step()
+    finally:
+        del optimizer.grad_scale, optimizer.found_inf
+    loss_value, norm_value = numbers.tolist()
+    return loss_value, norm_value
 
 
 def is_out_of_memory(error: BaseException) -> bool:
