@@ -235,6 +235,8 @@ def _full(recipe: Recipe, out: Path, ui: Ui) -> dict[str, Any]:
 
 def _contenders(recipe: Recipe, out: Path, ui: Ui) -> list[Contender]:
     """The other models that the recipe puts beside the adapter; what is to be trained for that is trained."""
+    if not recipe.evaluate.reference and not recipe.evaluate.earlier:
+        return []
     from metier.evaluation.contenders import Contender, earlier_of
     from metier.model.resolve import base_digest, resolve_base
     from metier.model.specialist import Specialist, load, precision_of

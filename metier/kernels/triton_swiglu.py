@@ -23,6 +23,13 @@ MAX_SUMMED_RANK = 32
 
 
 @triton.jit
+def _tile(at, mask, EVEN: tl.constexpr):
+    """A tile in fp32; EVEN: nothing of it lies outside, so that no mask is needed."""
+    value = tl.load(at) if EVEN else tl.load(at, mask, other=0.0)
+    return value.to(tl.float32)
+
+
+@triton.jit
 def _low_rank(value, low, rows, stride, offset, up_block, row_mask, ranks, rank,
               PRECISION: tl.constexpr):  # fmt: skip
     """value + low up^T for a tile, and the block of `low` that was read."""
@@ -49,13 +56,8 @@ def _swiglu(gate_up, low, up, h_out, largest, num_rows, half, rank, rows_each,
         rows = (start + tl.arange(0, BM)).to(tl.int64)
         row_mask = rows < last
         at = gate_up + rows[:, None] * (2 * half) + cols[None, :]
-        if EVEN:
-            gate = tl.load(at).to(tl.float32)
-            upper = tl.load(at + half).to(tl.float32)
-        else:
-            mask = row_mask[:, None] & col_mask[None, :]
-            gate = tl.load(at, mask, other=0.0).to(tl.float32)
-            upper = tl.load(at + half, mask, other=0.0).to(tl.float32)
+        mask = row_mask[:, None] & col_mask[None, :]
+        gate, upper = _tile(at, mask, EVEN), _tile(at + half, mask, EVEN)
         if HAS_LOW:
             gate, _ = _low_rank(gate, low, rows, 2 * rank, 0, up_gate, row_mask, ranks, rank, PRECISION)
             upper, _ = _low_rank(upper, low, rows, 2 * rank, rank, up_upper, row_mask, ranks, rank, PRECISION)
@@ -63,7 +65,7 @@ def _swiglu(gate_up, low, up, h_out, largest, num_rows, half, rank, rows_each,
         if EVEN:
             tl.store(h_out + rows[:, None] * half + cols[None, :], h)
         else:
-            tl.store(h_out + rows[:, None] * half + cols[None, :], h, row_mask[:, None] & col_mask[None, :])
+            tl.store(h_out + rows[:, None] * half + cols[None, :], h, mask)
         if FIND_LARGEST:
             tl.atomic_max(largest + rows, tl.max(tl.abs(h.to(tl.float32)), 1), row_mask, sem="relaxed")
 
@@ -149,14 +151,8 @@ def _swiglu_backward(dh, gate_up, low, up, low_dh, down, factor, largest, up_sum
         mask = row_mask[:, None] & col_mask[None, :]
         at = gate_up + rows[:, None] * (2 * half) + cols[None, :]
         grad_at = dh + rows[:, None] * half + cols[None, :]
-        if EVEN:
-            gate = tl.load(at).to(tl.float32)
-            upper = tl.load(at + half).to(tl.float32)
-            grad = tl.load(grad_at).to(tl.float32)
-        else:
-            gate = tl.load(at, mask, other=0.0).to(tl.float32)
-            upper = tl.load(at + half, mask, other=0.0).to(tl.float32)
-            grad = tl.load(grad_at, mask, other=0.0).to(tl.float32)
+        gate, upper = _tile(at, mask, EVEN), _tile(at + half, mask, EVEN)
+        grad = _tile(grad_at, mask, EVEN)
         if HAS_LOW:
             gate, low_gate = _low_rank(gate, low, rows, 2 * rank, 0, up_gate, row_mask, ranks, rank, PRECISION)
             upper, low_upper = _low_rank(upper, low, rows, 2 * rank, rank, up_upper, row_mask, ranks, rank, PRECISION)

@@ -125,17 +125,11 @@ def _rotate_backward(dq, dk, dv, qkv, low, up, bias, cos, sin, q_norm, k_norm, o
     ranks = tl.arange(0, BR)
     segment = (head >= num_q).to(tl.int32) + (head >= num_q + num_kv).to(tl.int32)
     cols = head * (2 * HALF) + at
-    source = dq
-    heads = num_q
-    inner = head
+    source, heads, inner = dq, num_q, head
     if segment == 1:
-        source = dk
-        heads = num_kv
-        inner = head - num_q
+        source, heads, inner = dk, num_kv, head - num_q
     if segment == 2:
-        source = dv
-        heads = num_kv
-        inner = head - num_q - num_kv
+        source, heads, inner = dv, num_kv, head - num_q - num_kv
     dtype: tl.constexpr = out.dtype.element_ty
     if FIND_LARGEST:
         first_factor = tl.load(factor + cols, col_mask, other=0.0)[None, :]
