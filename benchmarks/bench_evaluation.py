@@ -1,6 +1,6 @@
 """How long do base and adapter take over classification items, metier's way and the plain way?
 
-    python benchmarks/bench_evaluation.py RUN [items] [plain items]     # RUN: a finished run, e.g. of `metier demo`
+    python benchmarks/bench_evaluation.py RUN [items] [plain items] [precision]   # RUN: a finished run, e.g. a demo's
     python benchmarks/bench_evaluation.py --card [items]                # LLaMA-2-7B shape on one GPU, tokens/s
 
 The plain way: for base and adapter apart, item by item, one forward pass over all labels as a padded batch, one pass
@@ -62,7 +62,7 @@ def main() -> None:
         on_card(int(sys.argv[2]) if len(sys.argv) > 2 else 1000)
         return
     run, count = Path(sys.argv[1]), int(sys.argv[2]) if len(sys.argv) > 2 else 1000
-    specialist = load(run)
+    specialist = load(run, precision=sys.argv[4] if len(sys.argv) > 4 else "auto")  # type: ignore[arg-type]
     labels = json.loads((run / "dataset" / "manifest.json").read_text(encoding="utf-8"))["labels"]
     pool = [*read_items(run / "dataset", "test"), *read_items(run / "dataset", "train")]
     chosen = choose_items(pool, max_items=count, seed=0)

@@ -135,8 +135,8 @@ class Privacy:
             shown = ", ".join(f"{kind} {count:,}" for kind, count in counts.most_common(5))
             advice = "" if self.config.policy == NONE else "; set `privacy.policy`, or `none` to say so"
             progress(
-                f"privacy: nothing was taken out, and {len(texts):,} records looked at hold about "
-                f"{sum(counts.values()):,} identifiers of people ({shown}){advice}"
+                f"privacy: nothing was taken out; in {len(texts):,} records looked at, "
+                f"{sum(counts.values()):,} words look like identifiers of people ({shown}){advice}"
             )
         report = {"policy": self.name, "looked_at": len(texts), "suspected_by_type": dict(sorted(counts.items()))}
         return report | self._k_anonymity()
