@@ -91,6 +91,8 @@ def judge(
         "num_test_prompts_near_train": len(found["near"]),
         "labels_not_in_train": sorted({i.label for i in items if i.label} - {i.label for i in train}),
     }  # fmt: skip
+    if "sweep" in training:
+        evidence["sweep"] = training["sweep"]
     evidence["gates"] = gates(evidence, config)
     # The words are made from the numbers as they are stored, so that the report can make them again.
     evidence = round_floats(evidence)

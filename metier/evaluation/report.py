@@ -18,6 +18,7 @@ import numpy as np
 from metier import artifacts
 from metier.errors import RunError
 from metier.evaluation import overlap, plots, sections, texts
+from metier.evaluation.search import read_trials, search_chart, search_rows
 from metier.evaluation.texts import Language, show, show_delta, words
 
 EXAMPLES = 8
@@ -37,6 +38,7 @@ class Run:
     items: list[dict[str, Any]]
     base_name: str
     languages: list[str]
+    trials: dict[str, Any] | None = None
     speaks: Language | None = None
 
     @property
@@ -72,6 +74,7 @@ def read_run(run: Path) -> Run:
         # A local folder's name says enough, and its path is nobody's business.
         base_name=Path(base).name if Path(base).is_absolute() else base,
         languages=counts["language"].to_list(),
+        trials=read_trials(run, manifests["adapter"]),
     )
 
 
@@ -118,6 +121,7 @@ def render(found: Run) -> str:
         calibration=sections.calibration_text(found.evidence, found.language),
         without_repeats=_without_repeats(found),
         examples=_examples(found),
+        search=search_rows(found.trials, found.language) if found.trials else None,
         figures=_figures(found),
         key=[label for label, _ in _top_labels(found)],
         cost=_cost(found),
@@ -208,6 +212,8 @@ def _figures(found: Run) -> dict[str, str]:
         label = f"{table[name]}: {show_delta(name, result['delta'], found.language)}"
         rows.append((label, sign * result["delta"], low, high, result["outcome"]))
     figures["deltas"] = plots.delta_chart("deltas", rows, description=table["fig_deltas"])
+    if found.trials:
+        figures["search"] = search_chart(found.trials, found.language)
     top = _top_labels(found)
     if top:
         sides = (table["base_model"], table["specialised"])

@@ -35,11 +35,11 @@ class _HeadLoss(torch.autograd.Function):
         rows = ops.project_rows(x, factor=head.norm, eps=head.eps)
         assert rows.dense is not None
         grad = torch.empty_like(x) if ctx.needs_input_grad[0] else None
-        total = torch.zeros((), device=x.device, dtype=torch.promote_types(x.dtype, torch.float32))
+        losses = []
         for start in range(0, x.shape[0], chunk):
             piece = slice(start, start + chunk)
             logits = rows.dense[piece] @ head.weight.T
-            total += ops.cross_entropy_rows(logits, targets[piece]).sum()
+            losses.append(ops.cross_entropy_rows(logits, targets[piece]))
             if grad is not None:
                 torch.mm(logits, head.weight, out=grad[piece])
             del logits
@@ -47,21 +47,21 @@ class _HeadLoss(torch.autograd.Function):
             grad = ops.norm_backward(grad, x, rstd=rows.rstd, weight=head.norm, low=None, down=None, residual=None)
         ctx.save_for_backward(grad, positions)
         ctx.num_rows = hidden.shape[0]
-        return total
+        return torch.cat(losses) if losses else x.new_zeros(0, dtype=torch.promote_types(x.dtype, torch.float32))
 
     @staticmethod
     def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         grad, positions = ctx.saved_tensors
         whole = torch.zeros(ctx.num_rows, grad.shape[1], device=grad.device, dtype=grad.dtype)
         # Positions that carry no loss may name the same row; they add zeros.
-        whole.index_add_(0, positions, grad * grads[0].to(grad.dtype))
+        whole.index_add_(0, positions, grad * grads[0].to(grad.dtype)[:, None])
         return whole, None, None, None, None
 
 
-def head_loss(
+def head_losses(
     hidden: torch.Tensor, positions: torch.Tensor, targets: torch.Tensor, head: Head, *, chunk: int = CHUNK
 ) -> torch.Tensor:
-    """Summed negative log-likelihood, an fp32 scalar.
+    """Each position's negative log-likelihood, [N] fp32.
 
     hidden [M, I] before the final norm; positions [N] int64; targets [N] int64, -100 where there is no loss.
     """

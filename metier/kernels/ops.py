@@ -29,8 +29,8 @@ def norm_backward(dz: torch.Tensor, x: torch.Tensor, **options: Any) -> torch.Te
     return _on(x, "norm_backward")(dz, x, **options)  # type: ignore[no-any-return]
 
 
-def add_low_rank(residual: torch.Tensor, y: torch.Tensor, *low_and_up: torch.Tensor | None) -> torch.Tensor:
-    return _on(y, "add_low_rank")(residual, y, *low_and_up)  # type: ignore[no-any-return]
+def add_low_rank(residual: torch.Tensor, y: torch.Tensor, *rest: Any) -> torch.Tensor:
+    return _on(y, "add_low_rank")(residual, y, *rest)  # type: ignore[no-any-return]
 
 
 def rotate(qkv: torch.Tensor, *rest: Any) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:

@@ -16,6 +16,7 @@ from metier.recipe.evaluate import EvaluateConfig
 from metier.recipe.privacy import PrivacyConfig
 from metier.recipe.section import Section
 from metier.recipe.serve import ServeConfig
+from metier.recipe.sweep import SweepConfig
 from metier.recipe.train import AdapterConfig, TrainConfig
 
 
@@ -47,6 +48,7 @@ class Recipe(Section):
     adapter: AdapterConfig = AdapterConfig()
     train: TrainConfig = TrainConfig()
     evaluate: EvaluateConfig = EvaluateConfig()
+    sweep: SweepConfig = SweepConfig()
     serve: ServeConfig = ServeConfig()
 
     @model_validator(mode="after")

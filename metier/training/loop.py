@@ -12,7 +12,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 
@@ -42,7 +42,7 @@ class Report(Protocol):
 class Trainer:
     """A run in progress: the model, what it trains on, and where it stands.
 
-    `val_batches` are this rank's part of the val split.
+    `val_batches` are this rank's part of the val split. `model` is given where it is shared with other adapters.
     """
 
     base: Base
@@ -54,6 +54,7 @@ class Trainer:
     val_batches: Sequence[PackedBatch]
     folder: Path
     say: Callable[[str], None]
+    model: Any = None
 
     def __post_init__(self) -> None:
         self.progress = Progress(micro_batch_tokens=self.plan.micro_batch_tokens, recompute=self.plan.recompute)
@@ -62,7 +63,8 @@ class Trainer:
             list(self.adapter.parameters.values()), lr=self.plan.peak_learning_rate,
             weight_decay=self.config.weight_decay, fused=True,
         )  # fmt: skip
-        self.model = fuse(self.base.model, self.adapter, fp8_copies=self.plan.fp8_copies) or self.base.model
+        if self.model is None:
+            self.model = fuse(self.base.model, self.adapter, fp8_copies=self.plan.fp8_copies) or self.base.model
         self.has_val = ranks.totals(len(self.val_batches))[0] > 0
         is_fp16 = self.base.dtype == torch.float16
         self.scaler = torch.amp.GradScaler(self.base.device.type, enabled=is_fp16)
@@ -70,7 +72,7 @@ class Trainer:
     def step(self) -> StepResult:
         """The next optimizer step; afterwards `progress` counts it."""
         try:
-            result = self._attempt()
+            result = self.attempt()
         except (RuntimeError, MemoryError) as error:
             if not is_out_of_memory(error):
                 raise
@@ -78,26 +80,28 @@ class Trainer:
             # The frames of the failed pass hold its activations.
             error.__traceback__ = None
         else:
-            return self._counted(result)
+            return self.counted(result)
         self._step_back(reason)
         return self.step()
 
-    def _attempt(self) -> StepResult:
-        number = self.progress.step
-        chosen = [self.train_records[i] for i in records_of_step(self.plan, self.seed, number)]
+    def batches(self) -> list[PackedBatch]:
+        """This rank's passes of the next step, on the device."""
+        chosen = [self.train_records[i] for i in records_of_step(self.plan, self.seed, self.progress.step)]
         mine = ranks.share(chosen, [record.num_tokens for record in chosen])
         batches = pack_batches(mine, self.progress.micro_batch_tokens, self.config.micro_batch_size)
-        torch.manual_seed(seed_of("dropout", self.seed, number, *([ranks.rank()] if ranks.rank() else [])))
-        return train_step(
-            self.model,
-            self.optimizer,
-            [batch.to(self.base.device) for batch in batches],
-            learning_rate=self.learning_rate,
-            max_grad_norm=self.config.max_grad_norm,
-            scaler=self.scaler,
-        )
+        return [batch.to(self.base.device) for batch in batches]
 
-    def _counted(self, result: StepResult) -> StepResult:
+    def attempt(self) -> StepResult:
+        """The next step, not counted yet."""
+        own = [ranks.rank()] if ranks.rank() else []
+        torch.manual_seed(seed_of("dropout", self.seed, self.progress.step, *own))
+        return train_step(
+            self.model, self.optimizer, self.batches(), learning_rate=self.learning_rate,
+            max_grad_norm=self.config.max_grad_norm, scaler=self.scaler,
+        )  # fmt: skip
+
+    def counted(self, result: StepResult) -> StepResult:
+        """Counts a step that was made or skipped. Raises `RunError` after three skipped ones in a row."""
         number = self.progress.step
         self.progress.step += 1
         self.progress.num_tokens += result.num_tokens
@@ -169,21 +173,29 @@ class Trainer:
 
     def save(self) -> None:
         """A checkpoint of now, written by rank 0."""
-        if ranks.rank():
-            return
+        if not ranks.rank():
+            save_checkpoint(self.folder, self.progress, *self.state())
+
+    def state(self) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
+        """What `restore` needs beside `progress`: tensors by name, and JSON."""
         tensors = {f"adapter/{k}": v for k, v in self.adapter.tensors().items()}
         tensors |= {f"best/{k}": v for k, v in self.best.items()}
         for name, parameter in self.adapter.parameters.items():
             for key, value in self.optimizer.state.get(parameter, {}).items():
                 tensors[f"optimizer/{key}/{name}"] = value.detach().cpu()
-        save_checkpoint(self.folder, self.progress, tensors, {"scaler": self.scaler.state_dict()})
+        return tensors, {"scaler": self.scaler.state_dict()}
 
     def resume(self) -> bool:
         """Continues from the newest whole checkpoint, if there is one."""
         found = ranks.from_first(load_checkpoint(self.folder, self.say) if not ranks.rank() else None)
         if found is None:
             return False
-        self.progress, tensors, extra = found
+        self.restore(*found)
+        return True
+
+    def restore(self, progress: Progress, tensors: dict[str, torch.Tensor], extra: dict[str, Any]) -> None:
+        """Stands where `progress` and `state()` were taken."""
+        self.progress = progress
         self.adapter.load({k.removeprefix("adapter/"): v for k, v in tensors.items() if k.startswith("adapter/")})
         self.best = {k.removeprefix("best/"): v for k, v in tensors.items() if k.startswith("best/")}
         for name, parameter in self.adapter.parameters.items():
@@ -196,7 +208,6 @@ class Trainer:
         if extra["scaler"]:
             self.scaler.load_state_dict(extra["scaler"])
         set_recompute(self.model, self.progress.recompute)
-        return True
 
     def loop(self, report: Report, metrics: Metrics | None, stop: StopRequest) -> bool:
         """Steps until the plan is done or `stop` is asked for: logs (on rank 0), validates and saves on the way.

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -70,18 +70,30 @@ def train_step(
         total += accumulate(model, batch, weight)
     ranks.sum_gradients(parameters)
     (loss_of_all,) = ranks.totals(float(total))
+    counts = StepResult(loss_of_all / num_loss_tokens, 0.0, int(num_tokens), int(num_loss_tokens), False)
+    return update(optimizer, counts, learning_rate=learning_rate, max_grad_norm=max_grad_norm, scaler=scaler)
+
+
+def update(
+    optimizer: torch.optim.Optimizer,
+    counts: StepResult,
+    *,
+    learning_rate: float,
+    max_grad_norm: float,
+    scaler: torch.amp.GradScaler,
+) -> StepResult:
+    """Clips the gradients that are there, and steps; `counts` come back with the norm, and whether it was skipped."""
     scaler.unscale_(optimizer)
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
     grad_norm = torch.nn.utils.clip_grad_norm_(parameters, max_grad_norm)
-    is_finite = bool(torch.isfinite(grad_norm)) and math.isfinite(loss_of_all)
+    is_finite = bool(torch.isfinite(grad_norm)) and math.isfinite(counts.loss)
     if is_finite:
         for group in optimizer.param_groups:
             group["lr"] = learning_rate
         scaler.step(optimizer)
     scaler.update()
     optimizer.zero_grad(set_to_none=True)
-    return StepResult(
-        loss_of_all / num_loss_tokens, float(grad_norm), int(num_tokens), int(num_loss_tokens), not is_finite
-    )
+    return replace(counts, grad_norm=float(grad_norm), is_skipped=not is_finite)
 
 
 def accumulate(model: Any, batch: PackedBatch, weight: torch.Tensor) -> torch.Tensor:
