@@ -196,6 +196,36 @@ def base_of(recipe: Recipe, ui: Ui) -> Base:
     )
 
 
+def _full(recipe: Recipe, out: Path, ui: Ui) -> dict[str, Any]:
+    """Trains all weights of the base by the same recipe, where that is not done yet; returns the manifest."""
+    from metier.model.device import resolve_device, resolve_precision
+    from metier.model.load import empty_model, load_base, read_config
+    from metier.model.resolve import base_digest, resolve_base
+    from metier.training.full import refuse_too_large, train_full
+
+    dataset = _parent(out / "dataset", "prepare")
+    path = resolve_base(recipe.base, recipe.revision, progress=ui.say)
+    key = digest_json(
+        {
+            "stage": "full", "dataset": dataset["digest"], "base": base_digest(path), "seed": recipe.seed,
+            "train": recipe.train.model_dump(exclude=NO_EFFECT),
+        }
+    )  # fmt: skip
+    if is_current(out / "full", key):
+        ui.say("full fine-tuning: up to date")
+        return _parent(out / "full", "evaluate --reference full")
+    device = resolve_device(recipe.train.device)
+    precision = resolve_precision(recipe.train.precision, device)
+    refuse_too_large(sum(p.numel() for p in empty_model(read_config(str(path)), precision).parameters()), device)
+    base = load_base(
+        recipe.base, revision=recipe.revision, dtype=resolve_precision("fp32", device), device=device, progress=ui.say
+    )
+    return train_full(
+        base, recipe.train, precision=precision, dataset=out / "dataset", out=out / "full", seed=recipe.seed, key=key,
+        report=ui.progress, say=ui.say,
+    )  # fmt: skip
+
+
 def _evaluate(recipe: Recipe, out: Path, ui: Ui) -> None:
     dataset, adapter = _parent(out / "dataset", "prepare"), _parent(out / "adapter", "train")
     if adapter.get("parents", {}).get("dataset") != dataset["digest"]:

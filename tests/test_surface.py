@@ -34,6 +34,7 @@ RECIPE_KEYS = """
     evaluate.tasks evaluate.max_items evaluate.max_new_tokens evaluate.bootstrap_samples
     evaluate.smallest_effect evaluate.few_shot evaluate.forgetting evaluate.memorisation_items evaluate.gates
     sweep.ranges sweep.method sweep.trials sweep.halving sweep.at_once
+    evaluate.own_probes evaluate.reference evaluate.earlier
     serve.redact serve.notice serve.refuse
 """
 
@@ -46,7 +47,7 @@ COMMANDS = {
     "inspect": "recipe --records --set",
     "plan": "recipe --card --memory --set --shape",
     "train": "recipe --out --set",
-    "evaluate": "recipe --out --set",
+    "evaluate": "recipe --out --reference --set",
     "trace": "runs --subject",
     "forget": "run --subject",
     "generate": f"run --base --prompt --system {DECODING}",

@@ -141,15 +141,23 @@ def train(recipe: RecipePath, set_: Set = None, out: Out = None) -> None:
 
 
 @app.command()
-def evaluate(recipe: RecipePath, set_: Set = None, out: Out = None) -> None:
+def evaluate(
+    recipe: RecipePath,
+    set_: Set = None,
+    out: Out = None,
+    reference: Annotated[
+        str | None, typer.Option(help="full: train all weights by the same recipe too, and put LoRA beside it.")
+    ] = None,
+) -> None:
     """Compare base and adapter on the test split, and write the report.
 
-    Example: metier evaluate recipe.yaml --set evaluate.max_items=200
+    Example: metier evaluate recipe.yaml --reference full
     """
     from metier import pipeline
     from metier.recipe import load_recipe
 
-    folder = pipeline.evaluate(load_recipe(recipe, set_, out), terminal())
+    also = [f"evaluate.reference={reference}"] if reference else []
+    folder = pipeline.evaluate(load_recipe(recipe, [*(set_ or []), *also], out), terminal())
     print_verdict(json.loads((folder / "evidence.json").read_text(encoding="utf-8")))
 
 

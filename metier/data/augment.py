@@ -1,7 +1,7 @@
 """Training records -> variants of them whose answer is still right; each keeps the record it was made of as parent.
 
-Only the first user message changes, never the answer but for the letters of shuffled choices. Which method a record
-gets, and what is drawn, follows from the seed and the record's place alone.
+But for `entities`, only the first user message changes, never the answer but for the letters of shuffled choices. Which
+method a record gets, and what is drawn, follows from the seed and the record's place alone.
 
     instruction  another of the domain's wordings around the prompt
     options      the choices A, B, C, ... in another order, the answer's letter following
@@ -9,9 +9,10 @@ gets, and what is drawn, follows from the seed and the record's place alone.
     units        a quantity in another unit (8.4 % HbA1c is 68 mmol/mol)
     typo         2 % of the letters, two neighbours exchanged inside of long lower-case words
     width        punctuation in the other width, in Chinese text
+    entities     other people, organisations, dates and amounts, in all of the record (entities.py)
 
-Limits, on purpose: no method touches negations or, but for `units`, numbers. A term or a quantity that the answer holds
-too is left alone, since the question may be about it. Where no method applies, there is no variant.
+Limits, on purpose: no method touches negations or, but for `units` and `entities`, numbers. A term or a quantity that
+the answer holds too is left alone, since the question may be about it. Where no method applies, there is no variant.
 """
 
 from __future__ import annotations
@@ -20,7 +21,8 @@ import dataclasses
 import random
 import re
 
-from metier.data.records import Record, language_of
+from metier.data.entities import swap_entities
+from metier.data.records import Message, Record, language_of
 from metier.data.terms import Span, find_terms, whole_word
 from metier.domains import Domain, Unit
 from metier.recipe import AugmentConfig
@@ -35,7 +37,7 @@ _HALF, _FULL = ",?!:;()", "，？！：；（）"
 _WIDTH = str.maketrans(_HALF + _FULL, _FULL + _HALF)
 
 
-def augment(train: list[Record], config: AugmentConfig, domain: Domain | None, *, seed: int) -> list[Record]:
+def augment(train: list[Record], config: AugmentConfig, domain: Domain | None, *, seed: int, task: str) -> list[Record]:
     """At most `config.copies` variants of each record, in the records' order."""
     made: list[Record] = []
     if not config.methods:
@@ -46,26 +48,31 @@ def augment(train: list[Record], config: AugmentConfig, domain: Domain | None, *
     for record, terms in zip(train, spans, strict=True):
         if record.messages[0]["role"] == "text":
             continue
-        seen = {(record.prompt, record.answer)}
+        seen = [record.messages]
         for number in range(1, config.copies + 1):
             rng = random.Random(f"{seed}|{record.source.name}|{record.row.number}|{number}")
             for method in rng.sample(config.methods, len(config.methods)):
-                changed = _variant(method, record, domain, terms, rng)
+                if method == "entities":
+                    key = f"{seed}|{record.group_id or f'{record.source.name}:{record.row.number}'}|{number}".encode()
+                    changed = swap_entities(record.messages, domain, is_label=task == "classification", key=key)
+                else:
+                    changed = _variant(method, record, domain, terms, rng)
                 if changed is not None and changed not in seen:
-                    seen.add(changed)
-                    made.append(_with(record, *changed, method=method, number=number))
+                    seen.append(changed)
+                    made.append(variant_of(record, changed, method=method, number=number))
                     break
     return made
 
 
 def _variant(
     method: str, record: Record, domain: Domain | None, terms: list[Span], rng: random.Random
-) -> tuple[str, str] | None:
-    """(prompt, answer) as `method` changes them, or None where it does not apply."""
+) -> list[Message] | None:
+    """The messages as `method` changes prompt and answer, or None where it does not apply."""
     prompt, answer = record.prompt, record.answer
     language = "zh" if language_of(record.messages) == "zh" else "en"
     if method == "options":
-        return shuffle_options(prompt, answer, rng)
+        shuffled = shuffle_options(prompt, answer, rng)
+        return None if shuffled is None else with_texts(record, *shuffled)
     text: str | None = None
     if method == "instruction" and domain:
         wordings = [w for w in domain.instructions.get(language, []) if w != "{prompt}"]  # type: ignore[call-overload]
@@ -78,7 +85,7 @@ def _variant(
         text = add_typos(prompt, terms, rng)
     elif method == "width" and language == "zh":
         text = prompt.translate(_WIDTH)
-    return None if text is None else (text, answer)
+    return None if text is None else with_texts(record, text, answer)
 
 
 def shuffle_options(prompt: str, answer: str, rng: random.Random) -> tuple[str, str] | None:
@@ -152,8 +159,15 @@ def add_typos(prompt: str, terms: list[Span], rng: random.Random) -> str | None:
     return "".join(letters)
 
 
-def _with(record: Record, prompt: str, answer: str, *, method: str, number: int) -> Record:
+def with_texts(record: Record, prompt: str, answer: str) -> list[Message]:
+    """The record's messages with another first user message and another last answer."""
     messages = [dict(message) for message in record.messages]
     next(m for m in messages if m["role"] == "user")["content"] = prompt
     messages[-1]["content"] = answer
+    return messages
+
+
+def variant_of(record: Record, messages: list[Message], *, method: str, number: int) -> Record:
+    """A synthetic record, marked with the one it was made of."""
+    prompt = next(m["content"] for m in messages if m["role"] == "user")
     return dataclasses.replace(record, messages=messages, prompt=prompt, parent=record, method=method, number=number)

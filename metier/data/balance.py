@@ -1,4 +1,4 @@
-"""Training records -> which are left out, which are repeated, and how many general instructions are mixed in.
+"""Training records -> which are left out, repeated or weighted, and how many general instructions are mixed in.
 
 Only the train split is touched, after the split: repeating first and splitting then puts copies of one record on both
 sides. Which records are chosen goes by SHA-256(seed|record), so that it depends on nothing else.
@@ -64,11 +64,20 @@ def general_excess(general: list[Record], number: int, config: BalanceConfig, *,
     return _shuffled(general, seed)[wanted:]
 
 
-def class_weights(train: list[Record], task: str) -> dict[str, float]:
-    """Label -> number of records / (number of labels x records of the label): 1 everywhere when they are even."""
-    counts = Counter(record.answer for record in train) if task == "classification" else {}
+def class_weights(train: list[Record], config: BalanceConfig, *, task: str) -> dict[str, float]:
+    """Label -> how much its training records count in the loss, where `config` asks for weights, or else nothing.
+
+    Number of records / (number of labels x records of the label), as in King and Zeng (2001): their mean over the
+    records is 1, and 1 everywhere when the labels are even. No more than `config.limit`.
+    """
+    if config.classes != "weight" or task != "classification":
+        return {}
+    counts = Counter(record.answer for record in train)
     total = sum(counts.values())
-    return {label: round(total / (len(counts) * count), 4) for label, count in sorted(counts.items())}
+    return {
+        label: min(float(config.limit), round(total / (len(counts) * count), 4))
+        for label, count in sorted(counts.items())
+    }
 
 
 def _label(record: Record, task: str) -> str:

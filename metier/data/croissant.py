@@ -20,6 +20,7 @@ FIELDS = {
     "source_row": "sc:Integer",
     "parent_id": "sc:Text",
     "method": "sc:Text",
+    "weight": "sc:Float",
 }
 FILES = ("records.parquet", "rejected.parquet", "merged.parquet", "conflicts.parquet")
 CONTEXT: dict[str, Any] = {

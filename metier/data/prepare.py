@@ -98,9 +98,10 @@ def prepare(recipe: Recipe, *, out: Path, progress: Callable[[str], None]) -> di
     details["leakage"]["benchmarks"] = benchmarks
     accounts.sort()
     records = [*accounts.records, *made]
-    table = records_table(records, [splits[id(record)] for record in records], task)
+    weights = class_weights(_train(accounts.records, splits) + made, recipe.balance, task=task)
+    table = records_table(records, [splits[id(record)] for record in records], task, weights)
     conflicts = conflicts_table(accounts.records, accounts.pairs, task)
-    details = _describe_all(accounts, table, task, recipe, digests) | details
+    details = _describe_all(accounts, table, task, recipe, digests) | details | {"class_weights": weights}
     details["roles"], details["label_conflicts"] = _describe(roles), len(conflicts)
     details |= {"cleaning": cleaned.report(recipe.clean), "columns": propose(files.sources[0], roles[files.sources[0]])}
     counts = details["counts"]
@@ -265,16 +266,20 @@ def _balance_and_augment(accounts: Accounts, splits: dict[int, str], recipe: Rec
     """The synthetic records, all of them for training; what balance leaves out is rejected."""
     seed, domain = recipe.seed, load_domain(recipe.domain) if recipe.domain else None
 
-    def train() -> list[Record]:
-        return [r for r in accounts.records if splits[id(r)] == "train" and r.method != GENERAL]
-
-    accounts.reject(left_out(train(), recipe.balance, task=task, seed=seed), LEFT_OUT)
-    made = augment(train(), recipe.augment, domain, seed=seed)
-    made += repeated(train(), recipe.balance, task=task, seed=seed)
+    left = left_out(_train(accounts.records, splits), recipe.balance, task=task, seed=seed)
+    accounts.reject(left, LEFT_OUT)
+    train = _train(accounts.records, splits)
+    made = augment(train, recipe.augment, domain, seed=seed, task=task)
+    made += repeated(train, recipe.balance, task=task, seed=seed)
     general = [record for record in accounts.records if record.method == GENERAL]
-    accounts.reject(general_excess(general, len(train()) + len(made), recipe.balance, seed=seed), NOT_NEEDED)
+    accounts.reject(general_excess(general, len(train) + len(made), recipe.balance, seed=seed), NOT_NEEDED)
     splits.update((id(record), "train") for record in made)
     return made
+
+
+def _train(records: list[Record], splits: dict[int, str]) -> list[Record]:
+    """The recipe's own training records."""
+    return [r for r in records if splits[id(r)] == "train" and r.method != GENERAL]
 
 
 def _write(work: Path, tables: dict[str, polars.DataFrame], details: dict[str, Any]) -> None:
@@ -303,7 +308,6 @@ def _describe_all(
         "languages": {name: int((table["language"] == name).sum()) for name in ("zh", "en", "other")},
         "task": task,
         "labels": sorted({record.answer for record in own}) if task == "classification" else [],
-        "class_weights": class_weights(own, task),
         "sources": [
             {"file": s.name, "sha256": digests[s.name], **counts[s], **describe_source(s)} for s in accounts.sources
         ],

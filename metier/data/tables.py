@@ -22,6 +22,7 @@ RECORDS_SCHEMA: dict[str, Any] = {
     "source_row": polars.Int64,
     "parent_id": polars.String,
     "method": polars.String,
+    "weight": polars.Float64,
 }
 REJECTED_SCHEMA: dict[str, Any] = {
     "source_file": polars.String,
@@ -52,9 +53,11 @@ def record_id(record: Record) -> str:
     return digest_json([record.source.name, record.row.number, record.messages, *made])[:16]
 
 
-def records_table(records: list[Record], splits: list[str], task: str) -> polars.DataFrame:
-    """The rows of records.parquet; `splits` holds each record's split."""
-    return polars.DataFrame(
+def records_table(
+    records: list[Record], splits: list[str], task: str, weights: dict[str, float] | None = None
+) -> polars.DataFrame:
+    """The rows of records.parquet; `splits` holds each record's split, `weights` a label's weight in training."""
+    table = polars.DataFrame(
         {
             "record_id": [record_id(record) for record in records],
             "split": splits,
@@ -66,9 +69,14 @@ def records_table(records: list[Record], splits: list[str], task: str) -> polars
             "source_row": [record.row.number for record in records],
             "parent_id": [record_id(record.parent) if record.parent else None for record in records],
             "method": [record.method for record in records],
+            "weight": None,
         },
         schema=RECORDS_SCHEMA,
     )
+    if not weights:
+        return table
+    of_label = polars.col("label").replace_strict(weights, default=None, return_dtype=polars.Float64)
+    return table.with_columns(weight=polars.when(polars.col("split") == "train").then(of_label))
 
 
 def _messages(records: list[Record]) -> polars.Series:

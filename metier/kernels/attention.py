@@ -15,6 +15,8 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
+from metier.kernels import cpu
+
 
 @dataclass(frozen=True, slots=True)
 class Documents:
@@ -111,6 +113,8 @@ def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, documents: Documen
         return _Cudnn.apply(q, k, v, documents.equal)  # type: ignore[no-any-return, no-untyped-call]
     if documents.gather is None or documents.scatter is None:
         return _Flash.apply(q, k, v, documents)  # type: ignore[no-any-return, no-untyped-call]
+    if not q.is_cuda:
+        return cpu.attention(q, k, v, documents.gather, documents.scatter)
     q, k, v = (x[documents.gather].transpose(1, 2) for x in (q, k, v))
     out = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=q.shape[1] != k.shape[1])
     return out.transpose(1, 2).flatten(0, 1)[documents.scatter]

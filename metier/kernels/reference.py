@@ -29,12 +29,15 @@ def low_rank(
     return F.linear(h, (lora_b * scaling).to(x.dtype))
 
 
-def cross_entropy_sum(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+def cross_entropy_sum(logits: torch.Tensor, targets: torch.Tensor, weights: torch.Tensor | None = None) -> torch.Tensor:
     """The summed negative log-likelihood in nats, fp32: logits [N, V] of any float dtype, targets [N] int64.
 
-    A sum, since the step divides by the unmasked tokens of all its micro-batches together.
+    A sum, since the step divides by the unmasked tokens of all its micro-batches together. With weights [N] fp32 each
+    row counts as often as it weighs.
     """
-    return F.cross_entropy(logits.float(), targets, reduction="sum")
+    if weights is None:
+        return F.cross_entropy(logits.float(), targets, reduction="sum")
+    return (F.cross_entropy(logits.float(), targets, reduction="none") * weights).sum()
 
 
 class Groups(NamedTuple):

@@ -35,10 +35,14 @@ PLAIN_TEMPLATE = (
 
 @dataclass(frozen=True, slots=True)
 class Rendered:
-    """One record as the model sees it: input_ids and labels of one length, IGNORE_INDEX where no loss falls."""
+    """One record as the model sees it: input_ids and labels of one length, IGNORE_INDEX where no loss falls.
+
+    `weight` is how much the loss of each of its tokens counts in training.
+    """
 
     input_ids: list[int]
     labels: list[int]
+    weight: float = 1.0
 
     @property
     def num_tokens(self) -> int:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -67,3 +69,22 @@ def resolve_precision(name: Precision, device: torch.device, *, progress: Progre
 def storage_of(name: Precision) -> Storage:
     """How `precision` keeps the linear layers' weights."""
     return name if name in ("fp8", "nf4") else "dense"
+
+
+def reset_peak(device: torch.device) -> None:
+    """Begins to watch the peak of memory anew; where the system cannot (not Linux), it is the process's."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+        return
+    with contextlib.suppress(OSError):
+        Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
+
+
+def peak_bytes(device: torch.device) -> int | None:
+    """The most memory held since `reset_peak`: of the GPU, or resident in the host; None where nothing tells."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    with contextlib.suppress(OSError, StopIteration, ValueError):
+        lines = Path("/proc/self/status").read_text(encoding="ascii", errors="replace").splitlines()
+        return int(next(line for line in lines if line.startswith("VmHWM:")).split()[1]) * 1024
+    return None

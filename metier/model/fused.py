@@ -42,6 +42,8 @@ class Batch(Protocol):
     @property
     def loss_targets(self) -> torch.Tensor: ...
     @property
+    def loss_weights(self) -> torch.Tensor | None: ...
+    @property
     def lengths(self) -> tuple[int, ...]: ...
 
 
@@ -95,10 +97,11 @@ class FusedModel:
 
     def loss_sum(self, batch: Batch) -> torch.Tensor:
         """Summed cross-entropy in nats (fp32 scalar) of one pass."""
-        return self.losses(batch).sum()
+        losses = self.losses(batch)
+        return (losses if batch.loss_weights is None else losses * batch.loss_weights).sum()
 
     def losses(self, batch: Batch, spans: tuple[tuple[int, int, int], ...] = ()) -> torch.Tensor:
-        """Cross-entropy in nats of each supervised position, [N] fp32.
+        """Cross-entropy in nats of each supervised position, [N] fp32, not weighted.
 
         `spans` are the adapters' rows, where there are several adapters (`metier.kernels.reference.Groups`).
         """
@@ -115,7 +118,8 @@ class FusedModel:
 
     def accumulate(self, batch: Batch, weight: torch.Tensor) -> torch.Tensor:
         """`loss_sum`, detached, after adding its gradient times `weight` (a scalar tensor) to the adapter's `.grad`."""
-        if self.graphs is not None and batch.input_ids.shape[1] * self.layer_size <= MAX_WORK:
+        is_weighted = batch.loss_weights is not None  # which no graph has a buffer for
+        if self.graphs is not None and not is_weighted and batch.input_ids.shape[1] * self.layer_size <= MAX_WORK:
             loss = self.graphs.accumulate(batch, weight)
             if loss is not None:
                 return loss
@@ -125,10 +129,11 @@ class FusedModel:
 
     def loss_of(
         self, input_ids: torch.Tensor, position_ids: torch.Tensor, documents: Documents,
-        positions: torch.Tensor, targets: torch.Tensor,
+        positions: torch.Tensor, targets: torch.Tensor, weights: torch.Tensor | None = None,
     ) -> torch.Tensor:  # fmt: skip
         """`loss_sum` of a pass whose documents are laid out already, of one adapter."""
-        return head_losses(self._hidden(input_ids, position_ids, documents), positions, targets, self._last()).sum()
+        losses = head_losses(self._hidden(input_ids, position_ids, documents), positions, targets, self._last())
+        return (losses if weights is None else losses * weights).sum()
 
     def _last(self) -> Head:
         norm = self.decoder.norm

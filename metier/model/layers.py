@@ -87,7 +87,7 @@ class Site:
         """dy [M, O] as the product for dX reads it, with its projection on the rank."""
         return ops.project_rows(
             dy, factor=self.factor, down=self.up, segments=self.ends if self.up is not None else (),
-            quantise=self.weight.eats_fp8, largest=largest, groups=groups,
+            quantise=self.weight.eats_fp8, largest=largest, **_of(groups),
         )  # fmt: skip
 
     def up_gradients(self, dy: torch.Tensor, low: torch.Tensor | None, groups: Groups | None) -> Gradients:
@@ -127,6 +127,11 @@ class Site:
         return [(part, groups.rows_of(number)) for number, part in enumerate(self.parts)]
 
 
+def _of(groups: Groups | None) -> dict[str, Groups]:
+    """What an op is told of a pass of several adapters; of one adapter it is told nothing."""
+    return {} if groups is None else {"groups": groups}
+
+
 def _mm32(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
     """a b with the sum, and the result, in fp32 (float64 stays)."""
     if a.is_cuda and a.dtype in (torch.bfloat16, torch.float16):
@@ -162,7 +167,7 @@ class Layer:
 def _norm(x: torch.Tensor, weight: torch.Tensor, eps: float, site: Site, groups: Groups | None) -> Rows:
     segments = (x.shape[1],) if site.down is not None else ()
     return ops.project_rows(
-        x, factor=weight, down=site.down_t, segments=segments, eps=eps, quantise=site.weight.eats_fp8, groups=groups
+        x, factor=weight, down=site.down_t, segments=segments, eps=eps, quantise=site.weight.eats_fp8, **_of(groups)
     )
 
 
@@ -185,7 +190,7 @@ class _Queries(torch.autograd.Function):
         rotation = rotation._replace(bias=layer.bias, q_norm=layer.q_norm, k_norm=layer.k_norm, eps=layer.eps)
         rows = _norm(x, layer.input_norm, layer.eps, layer.qkv, groups)
         qkv = layer.qkv.weight.matmul(rows)
-        q, k, v = ops.rotate(qkv, rows.low, layer.qkv.up, layer.heads, rotation, groups)
+        q, k, v = ops.rotate(qkv, rows.low, layer.qkv.up, layer.heads, rotation, **_of(groups))
         ctx.save_for_backward(x, rows.rstd, rows.low, qkv if layer.q_norm is not None else None)
         ctx.layer, ctx.rotation, ctx.groups = layer, rotation, groups
         return q, k, v, x.view_as(x)
@@ -195,7 +200,7 @@ class _Queries(torch.autograd.Function):
         x, rstd, low, qkv = ctx.saved_tensors
         layer, site, groups = ctx.layer, ctx.layer.qkv, ctx.groups
         dy, largest = ops.rotate_backward(
-            (grads[0], grads[1], grads[2]), qkv, low, site.up, layer.heads, ctx.rotation, site.factor, groups
+            (grads[0], grads[1], grads[2]), qkv, low, site.up, layer.heads, ctx.rotation, site.factor, **_of(groups)
         )
         ups = site.up_gradients(dy, low, groups)
         rows = site.gradient_rows(dy, groups, largest)
@@ -204,7 +209,7 @@ class _Queries(torch.autograd.Function):
         if ctx.needs_input_grad[0]:
             dx = ops.norm_backward(
                 site.weight.matmul_t(rows), x, rstd=rstd, weight=layer.input_norm, low=rows.low, down=site.down,
-                residual=grads[3], groups=groups,
+                residual=grads[3], **_of(groups),
             )  # fmt: skip
         return dx, None, None, None, *_interleave(downs, ups)
 
@@ -219,11 +224,11 @@ class _Output(torch.autograd.Function):
         site = layer.o
         segments = (attention.shape[1],) if site.down is not None else ()
         rows = ops.project_rows(
-            attention, down=site.down_t, segments=segments, quantise=site.weight.eats_fp8, groups=groups
+            attention, down=site.down_t, segments=segments, quantise=site.weight.eats_fp8, **_of(groups)
         )
         ctx.save_for_backward(attention, rows.low)
         ctx.layer, ctx.groups = layer, groups
-        return ops.add_low_rank(x, site.weight.matmul(rows), rows.low, site.up, groups)
+        return ops.add_low_rank(x, site.weight.matmul(rows), rows.low, site.up, **_of(groups))
 
     @staticmethod
     def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
@@ -251,11 +256,11 @@ class _Mlp(torch.autograd.Function):
         both = layer.gate_up.weight.matmul(rows)
         h = ops.swiglu(
             both, rows.low, layer.gate_up.up, down=layer.down.down_t, quantise=layer.down.weight.eats_fp8,
-            groups=groups,
+            **_of(groups),
         )  # fmt: skip
         ctx.save_for_backward(x, rows.rstd, rows.low, h.low, both if keeps else None)
         ctx.layer, ctx.groups = layer, groups
-        return ops.add_low_rank(x, layer.down.weight.matmul(h), h.low, layer.down.up, groups)
+        return ops.add_low_rank(x, layer.down.weight.matmul(h), h.low, layer.down.up, **_of(groups))
 
     @staticmethod
     def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
@@ -268,7 +273,7 @@ class _Mlp(torch.autograd.Function):
         next_rows = next_site.gradient_rows(dy, groups)
         result = ops.swiglu_backward(
             next_site.weight.matmul_t(next_rows), both, low, site.up, low_dh=next_rows.low, down=next_site.down,
-            factor=site.factor, quantise=site.weight.eats_fp8, groups=groups,
+            factor=site.factor, quantise=site.weight.eats_fp8, **_of(groups),
         )  # fmt: skip
         next_downs = next_site.down_gradients(next_rows.low, result.h, groups)
         ups = site.up_gradients(result.grad, low, groups)
@@ -276,7 +281,7 @@ class _Mlp(torch.autograd.Function):
         dz = site.weight.matmul_t(result.rows)
         dx = ops.norm_backward(
             dz, x, rstd=rstd, weight=layer.output_norm, low=result.rows.low, down=site.down, residual=dy,
-            groups=groups,
+            **_of(groups),
         )  # fmt: skip
         return dx, None, None, None, *_interleave(downs, ups), *_interleave(next_downs, next_ups)
 

@@ -14,15 +14,16 @@ Weight = Annotated[float, Field(ge=0, le=100)]
 class BalanceConfig(Section):
     """How often each training record is seen in an epoch. Validation and test keep the natural shares."""
 
-    classes: Literal["natural", "oversample", "undersample"] = Field(
+    classes: Literal["natural", "weight", "oversample", "undersample"] = Field(
         default="natural",
-        description="`oversample` repeats the records of rare labels up to the most frequent one, `undersample` leaves "
+        description="`weight` counts the loss of rare labels more, so that every label weighs the same in all; "
+        "`oversample` repeats the records of rare labels up to the most frequent one, `undersample` leaves "
         "out records of frequent labels down to the rarest; for classification.",
     )
     limit: Count = Field(
         default=5,
-        description="A record is seen so often at most; after undersampling the most frequent label has at most so "
-        "many times the records of the rarest.",
+        description="A record is seen so often, or weighs so much, at most; after undersampling the most frequent "
+        "label has at most so many times the records of the rarest.",
     )
     sources: dict[str, Weight] = Field(
         default={},

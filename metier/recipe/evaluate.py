@@ -8,7 +8,7 @@ from pydantic import Field
 
 from metier.recipe.section import Count, Section
 
-Gate = Literal["exposure_bits", "membership_auc", "forgetting", "red_lines"]
+Gate = Literal["exposure_bits", "membership_auc", "extracted", "forgetting", "red_lines"]
 
 
 class EvaluateConfig(Section):
@@ -44,8 +44,23 @@ class EvaluateConfig(Section):
     memorisation_items: int = Field(
         default=200, ge=0, description="Training records in the test for memorised membership; 0: no test."
     )
+    own_probes: str | None = Field(
+        default=None,
+        description="A YAML file with your own general questions, beside the built-in ones and in their form: `text`, "
+        "`choice`, `instruction`, `refusal`, `red_line`, each by language (`en`, `zh`).",
+    )
+    reference: Literal["full"] | None = Field(
+        default=None,
+        description="`full`: train the same recipe with all weights too, and put LoRA beside it; takes 16 bytes a "
+        "weight of GPU memory, or 40 on a CPU.",
+    )
+    earlier: str | None = Field(
+        default=None,
+        description="An earlier run's folder, or a PEFT adapter's: it answers the same test records, as a control.",
+    )
     gates: dict[Gate, Annotated[float, Field(ge=0)]] = Field(
         default={},
         description="Limits that fail the run when exceeded: `exposure_bits` of planted canaries, `membership_auc`, "
+        "`extracted` (identifiers that were removed at preparation and that the adapter alone gives away), "
         "`forgetting` (share by which bits per byte of general text may rise), `red_lines` (share of answers).",
     )

@@ -7,7 +7,7 @@ record's own answer. It blocks: a wrong label stops the run. Records that do not
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 from metier.errors import ControlTokenError, LabelError
@@ -31,15 +31,20 @@ class LabelReport:
 
 
 def render_records(
-    record_ids: Sequence[str], conversations: Sequence[list[Message]], renderer: Renderer, config: TrainConfig
+    record_ids: Sequence[str],
+    conversations: Sequence[list[Message]],
+    renderer: Renderer,
+    config: TrainConfig,
+    *,
+    weights: Sequence[float] | None = None,
 ) -> tuple[list[Rendered], LabelReport]:
-    """Renders every record, checks its labels, and reports what was cut or left out.
+    """Renders every record, checks its labels, and reports what was cut or left out. `weights`: None is 1 for each.
 
     Raises `LabelError` when a label is wrong or no record is left.
     """
     report = LabelReport()
     rendered = []
-    for record_id, messages in zip(record_ids, conversations, strict=True):
+    for record_id, messages, weight in zip(record_ids, conversations, weights or [1.0] * len(record_ids), strict=True):
         try:
             one = renderer.conversation(messages, config.train_on)
         except ControlTokenError as error:
@@ -55,7 +60,7 @@ def render_records(
             report.cut_prompts.append(record_id)
             messages, one = shorter, renderer.conversation(shorter, config.train_on)
         check_labels(one, messages, renderer, config.train_on, record_id)
-        rendered.append(one)
+        rendered.append(one if weight == 1 else replace(one, weight=weight))
         report.num_records += 1
         report.num_tokens += one.num_tokens
         report.num_loss_tokens += one.num_loss_tokens

@@ -18,6 +18,7 @@ import torch
 
 from metier.errors import RunError
 from metier.model.chat import Rendered
+from metier.model.full import AllWeights
 from metier.model.fused import fuse
 from metier.model.load import Base
 from metier.model.lora import Adapter
@@ -42,11 +43,12 @@ class Report(Protocol):
 class Trainer:
     """A run in progress: the model, what it trains on, and where it stands.
 
-    `val_batches` are this rank's part of the val split. `model` is given where it is shared with other adapters.
+    `adapter` is what is trained, which may be all weights. `val_batches` are this rank's part of the val split. `model`
+    is given where it is shared with other adapters.
     """
 
     base: Base
-    adapter: Adapter
+    adapter: Adapter | AllWeights
     config: TrainConfig
     plan: Plan
     seed: int
@@ -64,7 +66,9 @@ class Trainer:
             weight_decay=self.config.weight_decay, fused=True,
         )  # fmt: skip
         if self.model is None:
-            self.model = fuse(self.base.model, self.adapter, fp8_copies=self.plan.fp8_copies) or self.base.model
+            self.model = self.base.model
+            if isinstance(self.adapter, Adapter):
+                self.model = fuse(self.base.model, self.adapter, fp8_copies=self.plan.fp8_copies) or self.base.model
         self.has_val = ranks.totals(len(self.val_batches))[0] > 0
         is_fp16 = self.base.dtype == torch.float16
         self.scaler = torch.amp.GradScaler(self.base.device.type, enabled=is_fp16)

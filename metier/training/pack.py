@@ -19,7 +19,8 @@ from metier.model.chat import IGNORE_INDEX, Rendered
 class PackedBatch:
     """One pass: input_ids, position_ids [1, T] int64; the N positions that carry loss and their targets [N] int64.
 
-    `lengths` are the records' tokens, in their order in the row.
+    `lengths` are the records' tokens, in their order in the row. loss_weights [N] fp32 is how much each loss counts;
+    None where all count the same.
     """
 
     input_ids: torch.Tensor
@@ -27,6 +28,7 @@ class PackedBatch:
     loss_positions: torch.Tensor
     loss_targets: torch.Tensor
     lengths: tuple[int, ...]
+    loss_weights: torch.Tensor | None = None
 
     @property
     def num_tokens(self) -> int:
@@ -36,6 +38,11 @@ class PackedBatch:
     def num_loss_tokens(self) -> int:
         return self.loss_targets.shape[0]
 
+    @property
+    def loss_weight(self) -> float:
+        """The sum of `loss_weights`."""
+        return self.num_loss_tokens if self.loss_weights is None else float(self.loss_weights.double().sum())
+
     def to(self, device: torch.device) -> PackedBatch:
         return PackedBatch(
             self.input_ids.to(device, non_blocking=True),
@@ -43,6 +50,7 @@ class PackedBatch:
             self.loss_positions.to(device, non_blocking=True),
             self.loss_targets.to(device, non_blocking=True),
             self.lengths,
+            None if self.loss_weights is None else self.loss_weights.to(device, non_blocking=True),
         )
 
 
@@ -71,6 +79,7 @@ def collate(records: Sequence[Rendered]) -> PackedBatch:
     position_ids: list[int] = []
     positions: list[int] = []
     targets: list[int] = []
+    weights: list[float] = []
     for record in records:
         start = len(input_ids)
         input_ids += record.input_ids
@@ -79,10 +88,12 @@ def collate(records: Sequence[Rendered]) -> PackedBatch:
             if label != IGNORE_INDEX:
                 positions.append(start + offset)
                 targets.append(label)
+                weights.append(record.weight)
     return PackedBatch(
         torch.tensor([input_ids]), torch.tensor([position_ids]),
         torch.tensor(positions, dtype=torch.int64), torch.tensor(targets, dtype=torch.int64),
         tuple(record.num_tokens for record in records),
+        torch.tensor(weights) if any(weight != 1 for weight in weights) else None,
     )  # fmt: skip
 
 

@@ -1,7 +1,7 @@
 """One optimizer step. The step's loss is the sum over its unmasked tokens, divided by their number.
 
 So a record weighs the same however the step is cut into micro-batches, or divided over processes: 1 x 8
-equals 8 x 1.
+equals 8 x 1. With weights w, of class-weighted records, it is sum(w * loss) / sum(w) over the whole step.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from metier.training.pack import PackedBatch
 
 @dataclass(frozen=True, slots=True)
 class StepResult:
-    """`loss` in nats a token, `grad_norm` before clipping; `is_skipped` when either was not finite."""
+    """`loss` in nats a token (weighted), `grad_norm` before clipping; `is_skipped` when either was not finite."""
 
     loss: float
     grad_norm: float
@@ -33,6 +33,8 @@ class StepResult:
 def loss_sum(model: Any, batch: PackedBatch) -> torch.Tensor:
     """Summed cross-entropy in nats (fp32 scalar) of one pass; only supervised positions reach the output head.
 
+    Each position counts as much as it weighs.
+
     `model` is a transformers model, or the `FusedModel` over one.
     """
     if isinstance(model, FusedModel):
@@ -43,7 +45,7 @@ def loss_sum(model: Any, batch: PackedBatch) -> torch.Tensor:
         use_cache=False,
         logits_to_keep=batch.loss_positions,
     ).logits
-    return cross_entropy_sum(logits[0], batch.loss_targets)
+    return cross_entropy_sum(logits[0], batch.loss_targets, batch.loss_weights)
 
 
 def train_step(
@@ -62,15 +64,17 @@ def train_step(
     """
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     total = torch.zeros((), device=parameters[0].device)
-    num_loss_tokens, num_tokens = ranks.totals(
-        sum(batch.num_loss_tokens for batch in batches), sum(batch.num_tokens for batch in batches)
+    num_loss_tokens, num_tokens, loss_weight = ranks.totals(
+        sum(batch.num_loss_tokens for batch in batches),
+        sum(batch.num_tokens for batch in batches),
+        sum(batch.loss_weight for batch in batches),
     )
-    weight = scaler.scale(torch.full_like(total, 1 / num_loss_tokens))
+    weight = scaler.scale(torch.full_like(total, 1 / loss_weight))
     for batch in batches:
         total += accumulate(model, batch, weight)
     ranks.sum_gradients(parameters)
     (loss_of_all,) = ranks.totals(float(total))
-    counts = StepResult(loss_of_all / num_loss_tokens, 0.0, int(num_tokens), int(num_loss_tokens), False)
+    counts = StepResult(loss_of_all / loss_weight, 0.0, int(num_tokens), int(num_loss_tokens), False)
     return update(optimizer, counts, learning_rate=learning_rate, max_grad_norm=max_grad_norm, scaler=scaler)
 
 

@@ -104,14 +104,17 @@ class Together:
         assert self.fused is not None
         steps = [trainer.batches() for trainer in sharing]
         counts = [sum(batch.num_loss_tokens for batch in step) for step in steps]
+        shares = [sum(batch.loss_weight for batch in step) for step in steps]
         weights = [
-            trainer.scaler.scale(torch.full((), 1 / count, device=self.base.device))
-            for trainer, count in zip(sharing, counts, strict=True)
+            trainer.scaler.scale(torch.full((), 1 / share, device=self.base.device))
+            for trainer, share in zip(sharing, shares, strict=True)
         ]
         totals = [torch.zeros((), device=self.base.device) for _ in sharing]
         for company in companies(steps, self.budget):
             batch, spans, sizes = side_by_side(company, GRAIN if self.base.device.type == "cuda" else 1)
             losses = self.fused.losses(batch, spans)
+            if batch.loss_weights is not None:
+                losses = losses * batch.loss_weights
             each = [weights[number].expand(size) for number, size in sizes]
             torch.autograd.backward(losses, torch.cat(each).to(losses.dtype))
             for (number, _), own in zip(sizes, torch.split(losses.detach(), [size for _, size in sizes]), strict=True):
@@ -120,10 +123,10 @@ class Together:
         return [
             update(
                 trainer.optimizer,
-                StepResult(loss / count, 0.0, sum(batch.num_tokens for batch in step), count, False),
+                StepResult(loss / share, 0.0, sum(batch.num_tokens for batch in step), count, False),
                 learning_rate=trainer.learning_rate, max_grad_norm=trainer.config.max_grad_norm, scaler=trainer.scaler,
             )
-            for trainer, step, count, loss in zip(sharing, steps, counts, summed, strict=True)
+            for trainer, step, count, share, loss in zip(sharing, steps, counts, shares, summed, strict=True)
         ]  # fmt: skip
 
 
@@ -153,6 +156,9 @@ def side_by_side(
     """
     ids, places, positions, targets, spans, sizes = [], [], [], [], [], []
     lengths: list[int] = []
+    counts = [torch.ones_like(batch.loss_targets, dtype=torch.float32) if batch.loss_weights is None
+              else batch.loss_weights for _, batch in company]  # fmt: skip
+    is_weighted = any(batch.loss_weights is not None for _, batch in company)
     start = 0
     for number, batch in company:
         rest = -batch.num_tokens % grain
@@ -168,5 +174,5 @@ def side_by_side(
         sizes.append((number, batch.num_loss_tokens))
         start = end
     joined = PackedBatch(torch.cat(ids, 1), torch.cat(places, 1), torch.cat(positions), torch.cat(targets),
-                         tuple(lengths))  # fmt: skip
+                         tuple(lengths), torch.cat(counts) if is_weighted else None)  # fmt: skip
     return joined, tuple(spans), sizes

@@ -20,6 +20,7 @@ import polars
 from metier.artifacts import complete, read_manifest, work_folder, write_atomic
 from metier.errors import DataError, Interrupted, RunError
 from metier.model.chat import Message, Rendered, Renderer, eos_token_ids
+from metier.model.device import peak_bytes, reset_peak
 from metier.model.load import Base, empty_model
 from metier.model.lora import attach, save_adapter
 from metier.model.quantise import count_parameters
@@ -35,6 +36,12 @@ from metier.training.plan import CONTEXT_BYTES, best, choices
 from metier.training.schedule import Plan, make_plan, seed_of
 from metier.training.stop import StopRequest
 from metier.training.track import Metrics
+
+
+def read_weights(dataset: Path, split: str) -> list[float]:
+    """How much each record of the split counts, in the file's order: 1 but for class-weighted training records."""
+    table = polars.read_parquet(dataset / "records.parquet").filter(polars.col("split") == split)
+    return table["weight"].fill_null(1.0).to_list() if "weight" in table.columns else [1.0] * len(table)
 
 
 def read_split(dataset: Path, split: str) -> tuple[list[str], list[list[Message]]]:
@@ -67,14 +74,9 @@ def train(
     parent = read_manifest(dataset)
     if parent is None:
         raise RunError(f"`{dataset}` holds no data set", hint="run `metier prepare` first")
+    reset_peak(base.device)
     renderer = Renderer(base.tokenizer, eos_token_ids(base.path))
-    splits, labels = {}, {}
-    for split in ("train", "val"):
-        splits[split], labels[split] = render_records(*read_split(dataset, split), renderer, config)
-    if not splits["train"]:
-        raise DataError("the data set has no training records", hint="lower `data.val` and `data.test`")
-    _tell_left_out(labels, say)
-
+    splits, labels = read_records(dataset, renderer, config, say)
     adapter = attach(base.model, adapter_config, seed=seed_of("adapter", seed))
     total = count_parameters(base.model)
     share = 100 * adapter.num_parameters / total
@@ -90,7 +92,7 @@ def train(
     )  # fmt: skip
     if trainer.resume():
         say(f"resuming after step {trainer.progress.step} of {plan.total_steps}")
-    _loop(trainer, work, list(config.report_to), out.parent.name, report)
+    loop_to_end(trainer, work, list(config.report_to), out.parent.name, report)
     if ranks.rank():
         return {}
 
@@ -112,9 +114,27 @@ def write_files(
     save_adapter(folder, trainer.adapter, trainer.best, base=base_name, revision=base.revision)
     write_atomic(folder / "chat_template.jinja", renderer.template.encode())
     return {
-        **_facts(trainer), "total_parameters": count_parameters(base.model),
+        **facts(trainer), "total_parameters": count_parameters(base.model),
         "labels": {split: counted.as_dict() for split, counted in labels.items()},
     }  # fmt: skip
+
+
+def read_records(
+    dataset: Path, renderer: Renderer, config: TrainConfig, say: Callable[[str], None]
+) -> tuple[dict[str, list[Rendered]], dict[str, LabelReport]]:
+    """The train and val splits as token ids with proved labels, and what was found in each.
+
+    Raises `LabelError` where labels would be wrong and `DataError` without training records.
+    """
+    splits, labels = {}, {}
+    for split in ("train", "val"):
+        splits[split], labels[split] = render_records(
+            *read_split(dataset, split), renderer, config, weights=read_weights(dataset, split)
+        )
+    if not splits["train"]:
+        raise DataError("the data set has no training records", hint="lower `data.val` and `data.test`")
+    _tell_left_out(labels, say)
+    return splits, labels
 
 
 def fitted(
@@ -151,7 +171,7 @@ def precisions_of(base: Base) -> list[str]:
     return names.get(base.precision, [base.precision])
 
 
-def _loop(trainer: Trainer, work: Path, report_to: list[str], run_name: str, report: Report) -> None:
+def loop_to_end(trainer: Trainer, work: Path, report_to: list[str], run_name: str, report: Report) -> None:
     """Trains to the end of the plan. Raises `Interrupted` where a signal came first, to any of the ranks."""
     with StopRequest() as stop, contextlib.ExitStack() as stack:
         metrics = None
@@ -164,7 +184,7 @@ def _loop(trainer: Trainer, work: Path, report_to: list[str], run_name: str, rep
         raise Interrupted(number, f"stopped after step {step}, which is saved; run again to go on")
 
 
-def _facts(trainer: Trainer) -> dict[str, Any]:
+def facts(trainer: Trainer) -> dict[str, Any]:
     """What the manifest says of a finished training."""
     base, progress = trainer.base, trainer.progress
     return {
@@ -186,6 +206,7 @@ def _facts(trainer: Trainer) -> dict[str, Any]:
         "step_backs": progress.step_backs,
         "num_processes": ranks.size(),
         "train_seconds": round(progress.seconds, 3),
+        "peak_memory_bytes": peak_bytes(base.device),
     }
 
 

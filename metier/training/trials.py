@@ -25,7 +25,7 @@ from metier.recipe import Recipe, variant
 from metier.training.cards import card_here
 from metier.training.checkpoint import Progress
 from metier.training.fit import job_of
-from metier.training.labels import LabelReport, render_records
+from metier.training.labels import LabelReport
 from metier.training.loop import Trainer
 from metier.training.memory import shape_of
 from metier.training.pack import PackedBatch, pack_batches
@@ -33,7 +33,7 @@ from metier.training.plan import CONTEXT_BYTES, Choice, best, choices
 from metier.training.schedule import make_plan, seed_of
 from metier.training.step import StepResult
 from metier.training.track import Metrics
-from metier.training.train import fitted, precisions_of, read_split
+from metier.training.train import fitted, precisions_of, read_records
 
 MOST_AT_ONCE = 16
 
@@ -67,11 +67,8 @@ class Ground:
                               hint="set `adapter.bias: none`")  # fmt: skip
         self.renderer = Renderer(self.base.tokenizer, eos_token_ids(self.base.path))
         for key, folder in self.datasets.items():
-            self.records[key], report = render_records(*read_split(folder, "train"), self.renderer, self.recipe.train)
-            val, val_report = render_records(*read_split(folder, "val"), self.renderer, self.recipe.train)
-            self.labels[key] = {"train": report, "val": val_report}
-            if not self.records[key]:
-                raise DataError("the data set has no training records", hint="lower `data.val` and `data.test`")
+            splits, self.labels[key] = read_records(folder, self.renderer, self.recipe.train, self.say)
+            self.records[key], val = splits["train"], splits["val"]
             if not val:
                 raise DataError("a sweep chooses on the validation split, and there is none", hint="set `data.val`")
         names = {name for each in variants for name in new_adapter(self.base.model, each.adapter, seed=0).layers}

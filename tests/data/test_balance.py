@@ -13,13 +13,14 @@ import polars
 import pytest
 
 from metier.data.augment import add_typos, augment, convert_unit, shuffle_options, swap_term
-from metier.data.balance import left_out, repeated
+from metier.data.balance import class_weights, left_out, repeated
 from metier.data.lines import Row, Source
 from metier.data.prepare import prepare
 from metier.data.records import Record
 from metier.data.terms import Span, find_terms
 from metier.domains import load_domain
 from metier.recipe import AugmentConfig, BalanceConfig, DataConfig, Recipe
+from metier.training.train import read_weights
 
 MEDICINE = load_domain("medicine")
 
@@ -58,6 +59,33 @@ def test_files_weigh_what_the_recipe_says() -> None:
     config = BalanceConfig(sources={"a.csv": 0.25, "b.csv": 2.5})
     assert len(left_out(records, config, task="generation", seed=0)) == 30
     assert Counter(r.source.name for r in repeated(records, config, task="generation", seed=0)) == {"b.csv": 60}
+
+
+def test_weights_make_the_labels_even_and_have_a_limit() -> None:
+    config = BalanceConfig(classes="weight", limit=4)
+    weights = class_weights(labelled(a=60, b=36, c=4), config, task="classification")
+    assert weights == {"a": 0.5556, "b": 0.9259, "c": 4.0}
+    assert class_weights(labelled(a=60, b=4), config, task="generation") == {}
+    assert class_weights(labelled(a=60, b=4), BalanceConfig(), task="classification") == {}
+
+
+def test_weights_stand_beside_the_training_records_alone(tmp_path: Path) -> None:
+    rows = [{"prompt": f"case {i * 7919}", "answer": "rare" if i % 9 == 0 else "common"} for i in range(180)]
+    (tmp_path / "own.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    recipe = Recipe(
+        base="none", out="none", data=DataConfig(sources=[str(tmp_path / "own.jsonl")], canaries=8),
+        balance=BalanceConfig(classes="weight", limit=99), augment=AugmentConfig(methods=["typo"]),
+    )  # fmt: skip
+    manifest = prepare(recipe, out=tmp_path / "dataset", progress=lambda line: None)
+    records = polars.read_parquet(tmp_path / "dataset" / "records.parquet")
+    train = records.filter(split="train").drop_nulls("label")
+    assert train.group_by("label").agg(polars.col("weight").sum()).select(
+        polars.col("weight").max() / polars.col("weight").min()
+    ).item() == pytest.approx(1, abs=1e-3)
+    assert manifest["class_weights"].keys() == {"rare", "common"}
+    held_out = records.filter(polars.col("split") != "train")
+    assert held_out["weight"].null_count() == len(held_out) > 0
+    assert read_weights(tmp_path / "dataset", "train").count(1.0) == records.filter(split="train")["label"].null_count()
 
 
 def test_general_instructions_have_their_share_and_are_for_training_alone(tmp_path: Path) -> None:
@@ -141,15 +169,16 @@ def test_typos_touch_no_term_number_or_negation() -> None:
     assert add_typos("短文本", [], random.Random(0)) is None
 
 
-@pytest.mark.parametrize("method", ["instruction", "options", "terms", "units", "typo", "width"])
+@pytest.mark.parametrize("method", ["instruction", "options", "terms", "units", "typo", "width", "entities"])
 def test_a_variant_differs_from_its_parent_in_the_prompt_alone(method: Any) -> None:
     records = [
         record(1, "Which of these lowers high blood pressure?\nA. salt\nB. exercise\nC. sugar", "B"),
         record(2, "患者糖化血红蛋白为8.4%，诊断为糖尿病，(复诊)。", "内分泌科"),
         record(3, "fasting glucose 5.6 mmol/L during pregnancy", "Obstetrics"),
+        record(4, "患者王小明，2024年3月12日就诊于华信医院。", "内分泌科"),
     ]
-    made = augment(records, AugmentConfig(methods=[method], copies=2), MEDICINE, seed=0)
-    assert made == augment(records, AugmentConfig(methods=[method], copies=2), MEDICINE, seed=0)
+    made = augment(records, AugmentConfig(methods=[method], copies=2), MEDICINE, seed=0, task="classification")
+    assert made == augment(records, AugmentConfig(methods=[method], copies=2), MEDICINE, seed=0, task="classification")
     for variant in made:
         parent = variant.parent
         assert parent in records and variant.prompt != parent.prompt and variant.method == method

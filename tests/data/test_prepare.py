@@ -87,6 +87,7 @@ def test_records_have_the_agreed_columns_and_no_path_of_this_machine(tmp_path: P
         "source_row": polars.Int64,
         "parent_id": polars.String,
         "method": polars.String,
+        "weight": polars.Float64,
     }
     assert records["record_id"].n_unique() == 20 and set(records["record_id"].str.len_chars()) == {16}
     assert records["group_id"].null_count() == records["parent_id"].null_count() == 20

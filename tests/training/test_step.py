@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 
 import pytest
 import torch
 
+from metier.model.fused import fuse
 from metier.model.lora import Adapter, attach
 from metier.recipe import AdapterConfig, TrainConfig
 from metier.training.pack import pack_batches
@@ -124,3 +126,42 @@ def test_every_epoch_sees_every_record_once(epochs: float, records: int, max_ste
     if max_steps is None:
         assert len(order) == math.ceil(epochs * records)
     assert order != [i for step in range(plan.total_steps) for i in records_of_step(plan, 8, step)]
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+@pytest.mark.parametrize("is_fused", [False, True])
+@pytest.mark.parametrize("max_records", [1, 3, 8])
+def test_a_weighted_step_is_the_weighted_mean_however_it_is_cut(
+    dtype: torch.dtype, is_fused: bool, max_records: int
+) -> None:
+    model, _ = tiny_model("llama3")
+    model = model.to(dtype)
+    adapter = attach(model, AdapterConfig(rank=4), seed=0)
+    records = [
+        dataclasses.replace(record, weight=weight)
+        for record, weight in zip(
+            random_records(8, model.config.vocab_size), [0.25, 1, 4.5, 1, 1, 0.25, 2, 1], strict=True
+        )
+    ]
+    for parameter in adapter.parameters.values():
+        parameter.data = parameter.data.to(dtype) + 0.01
+    before = {name: p.detach().clone() for name, p in adapter.parameters.items()}
+    total, weight = torch.zeros((), dtype=dtype), 0.0
+    for record in records:
+        logits = model(input_ids=torch.tensor([record.input_ids])).logits[0, :-1]
+        labels = torch.tensor(record.labels[1:])
+        loss = torch.nn.functional.cross_entropy(logits, labels, reduction="sum", ignore_index=-100)
+        total, weight = total + record.weight * loss, weight + record.weight * record.num_loss_tokens
+    (total / weight).backward()
+    expected = {name: p.grad for name, p in adapter.parameters.items()}
+    for parameter in adapter.parameters.values():
+        parameter.grad = None
+    trained = fuse(model, adapter) if is_fused else model
+    result = train_step(
+        trained, torch.optim.SGD(list(adapter.parameters.values()), lr=1.0), pack_batches(records, 999, max_records),
+        learning_rate=1.0, max_grad_norm=1e9, scaler=torch.amp.GradScaler("cpu", enabled=False),
+    )  # fmt: skip
+    assert result.loss == pytest.approx(float(total.detach()) / weight, rel=1e-6)
+    moved = torch.cat([(before[name] - p.detach()).flatten() for name, p in adapter.parameters.items()])
+    oracle = torch.cat([grad.flatten() for grad in expected.values() if grad is not None])
+    assert float((moved - oracle).norm() / oracle.norm()) < (1e-6 if dtype == torch.float64 else 2e-5)

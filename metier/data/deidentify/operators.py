@@ -130,12 +130,12 @@ def _shift(value: str, context: Context) -> str | None:
     number = int.from_bytes(surrogates.keyed(context.key, "shift", context.subject)[:4], "big")
     days = datetime.timedelta(days=(number % MAX_SHIFT_DAYS + 1) * (1 if number & 1 << 31 else -1))
     try:
-        return _shifted(value, days)
+        return shifted(value, days)
     except (ValueError, OverflowError):
         return None
 
 
-def _shifted(value: str, days: datetime.timedelta) -> str | None:
+def shifted(value: str, days: datetime.timedelta) -> str | None:
     if match := _YMD.fullmatch(value):
         year, a, month, b, day, c = match.groups()
         new = datetime.date(int(year), int(month), int(day)) + days
