@@ -43,12 +43,10 @@ def cross_entropy_sum(logits: torch.Tensor, targets: torch.Tensor, weights: torc
 class Groups(NamedTuple):
     """Whose rows are whose, where several adapters share a pass; their matrices are then stacked, [J, ...].
 
-    `spans`: (adapter, first row, end), in the order of the rows, each adapter once. `owners` int32 [M / 64]: the
-    adapter of each block of 64 rows, on the device of a kernel that wants it; spans then begin at multiples of 64.
+    `spans`: (adapter, first row, end), in the order of the rows, each adapter once.
     """
 
     spans: tuple[tuple[int, int, int], ...]
-    owners: torch.Tensor | None = None
 
     def rows_of(self, adapter: int) -> slice | None:
         return next((slice(start, end) for number, start, end in self.spans if number == adapter), None)

@@ -25,8 +25,6 @@ from metier.model.lora import Adapter, LoRALinear, scaling_of
 from metier.model.quantise import FrozenLinear
 
 Recompute = Literal["none", "mlp", "layer"]
-# Each adapter's rows are a multiple of so many where kernels work block by block (CUDA).
-GRAIN = 64
 ARCHITECTURES = ("llama", "mistral", "qwen2", "qwen3")
 
 
@@ -106,15 +104,9 @@ class FusedModel:
         `spans` are the adapters' rows, where there are several adapters (`metier.kernels.reference.Groups`).
         """
         documents = Documents.of(batch.lengths, batch.input_ids.device, is_flash=self.is_flash)
-        groups = self._groups(spans) if self.num_adapters > 1 else None
+        groups = Groups(spans) if self.num_adapters > 1 else None
         hidden = self._hidden(batch.input_ids, batch.position_ids, documents, groups)
         return head_losses(hidden, batch.loss_positions, batch.loss_targets, self._last())
-
-    def _groups(self, spans: tuple[tuple[int, int, int], ...]) -> Groups:
-        if self.head.device.type != "cuda":
-            return Groups(spans)
-        owners = [number for number, start, end in spans for _ in range(start, end, GRAIN)]
-        return Groups(spans, torch.tensor(owners, dtype=torch.int32).to(self.head.device, non_blocking=True))
 
     def accumulate(self, batch: Batch, weight: torch.Tensor) -> torch.Tensor:
         """`loss_sum`, detached, after adding its gradient times `weight` (a scalar tensor) to the adapter's `.grad`."""

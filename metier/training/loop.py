@@ -73,6 +73,12 @@ class Trainer:
         is_fp16 = self.base.dtype == torch.float16
         self.scaler = torch.amp.GradScaler(self.base.device.type, enabled=is_fp16)
 
+    @property
+    def lora(self) -> Adapter:
+        """The adapter, where no other weights are trained."""
+        assert isinstance(self.adapter, Adapter)
+        return self.adapter
+
     def step(self) -> StepResult:
         """The next optimizer step; afterwards `progress` counts it."""
         try:

@@ -16,10 +16,9 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 import torch
-import torch.nn.functional as F
 
 from metier.errors import RunError
-from metier.model.fused import GRAIN, FusedModel
+from metier.model.fused import FusedModel
 from metier.model.load import Base
 from metier.training.loop import Trainer, is_out_of_memory
 from metier.training.pack import PackedBatch
@@ -42,7 +41,7 @@ class Together:
         """Who takes part from now on."""
         self.trainers = list(trainers)
         if self.fused is not None:
-            self.fused.hold([trainer.adapter for trainer in self.sharing])
+            self.fused.hold([trainer.lora for trainer in self.sharing])
 
     @property
     def sharing(self) -> list[Trainer]:
@@ -63,18 +62,18 @@ class Together:
         """Inside, the base computes with this trainer's adapter."""
         if trainer.model is self.fused:
             assert self.fused is not None
-            self.fused.hold([trainer.adapter])
+            self.fused.hold([trainer.lora])
             try:
                 yield
             finally:
                 self.hold(self.trainers)
             return
-        trainer.adapter.put_in(self.base.model)
+        trainer.lora.put_in(self.base.model)
         self.base.model.train()
         try:
             yield
         finally:
-            trainer.adapter.take_out(self.base.model)
+            trainer.lora.take_out(self.base.model)
 
     def _joint(self, sharing: list[Trainer]) -> list[StepResult]:
         if len(sharing) < 2:
@@ -111,7 +110,7 @@ class Together:
         ]
         totals = [torch.zeros((), device=self.base.device) for _ in sharing]
         for company in companies(steps, self.budget):
-            batch, spans, sizes = side_by_side(company, GRAIN if self.base.device.type == "cuda" else 1)
+            batch, spans, sizes = side_by_side(company)
             losses = self.fused.losses(batch, spans)
             if batch.loss_weights is not None:
                 losses = losses * batch.loss_weights
@@ -148,12 +147,9 @@ def companies(steps: Sequence[Sequence[PackedBatch]], budget: int) -> list[list[
 
 
 def side_by_side(
-    company: Sequence[tuple[int, PackedBatch]], grain: int
+    company: Sequence[tuple[int, PackedBatch]],
 ) -> tuple[PackedBatch, tuple[Span, ...], list[tuple[int, int]]]:
-    """One pass from several adapters' batches, each filled up to a multiple of `grain` rows; spans; positions of each.
-
-    What fills up is a document of its own without loss.
-    """
+    """One pass from several adapters' batches; the adapters' spans; how many supervised positions each has."""
     ids, places, positions, targets, spans, sizes = [], [], [], [], [], []
     lengths: list[int] = []
     counts = [torch.ones_like(batch.loss_targets, dtype=torch.float32) if batch.loss_weights is None
@@ -161,15 +157,12 @@ def side_by_side(
     is_weighted = any(batch.loss_weights is not None for _, batch in company)
     start = 0
     for number, batch in company:
-        rest = -batch.num_tokens % grain
-        ids.append(F.pad(batch.input_ids, (0, rest)))
+        ids.append(batch.input_ids)
         places.append(batch.position_ids)
-        if rest:
-            places.append(torch.arange(rest, device=batch.position_ids.device)[None])
         positions.append(batch.loss_positions + start)
         targets.append(batch.loss_targets)
-        lengths += [*batch.lengths, rest] if rest else batch.lengths
-        end = start + batch.num_tokens + rest
+        lengths += batch.lengths
+        end = start + batch.num_tokens
         spans.append((number, start, end))
         sizes.append((number, batch.num_loss_tokens))
         start = end

@@ -111,7 +111,7 @@ def write_files(
     """Writes a finished training's best adapter and its chat template; returns what the manifest says of it."""
     base = trainer.base
     base_name = base.name if "/" in base.name and not Path(base.name).exists() else str(base.path)
-    save_adapter(folder, trainer.adapter, trainer.best, base=base_name, revision=base.revision)
+    save_adapter(folder, trainer.lora, trainer.best, base=base_name, revision=base.revision)
     write_atomic(folder / "chat_template.jinja", renderer.template.encode())
     return {
         **facts(trainer), "total_parameters": count_parameters(base.model),

@@ -188,7 +188,7 @@ class Member:
         return {
             "number": self.number, "values": self.values, "state": state, "val_loss": loss,
             "best_step": progress.best_step, "steps": progress.step, "total_steps": trainer.plan.total_steps,
-            "learning_rate": trainer.plan.peak_learning_rate, "rank": trainer.adapter.config.rank,
+            "learning_rate": trainer.plan.peak_learning_rate, "rank": trainer.lora.config.rank,
             "num_train_tokens": progress.num_tokens, "trainable_parameters": trainer.adapter.num_parameters,
         }  # fmt: skip
 

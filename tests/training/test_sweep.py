@@ -5,8 +5,6 @@ from __future__ import annotations
 import json
 import os
 import signal
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +12,7 @@ import pytest
 import torch
 
 from metier import pipeline
-from metier.errors import MetierError, RecipeError
+from metier.errors import Interrupted, MetierError, RecipeError
 from metier.model.fused import fuse
 from metier.model.load import load_base
 from metier.model.lora import new_adapter
@@ -27,7 +25,6 @@ from metier.training.search import Search
 from metier.training.together import Together
 from tests.training.test_pack import random_records
 
-ROOT = Path(__file__).parents[2]
 RECIPE = """\
 base: {base}
 out: unset
@@ -154,21 +151,29 @@ def test_adapters_join_as_others_leave(recipe: Path, tmp_path: Path) -> None:
     assert sorted(row["number"] for row in table(tmp_path)["trials"]) == list(range(7))
 
 
-def killed(recipe: Path, out: Path, seconds: float) -> bool:
-    """The command line, killed after so long; whether it was still at work."""
-    ranges = "--set=sweep.ranges={adapter.rank: [2, 8], train.learning_rate: [1e-3, 1e-2, 5e-2]}"
-    process = subprocess.Popen(
-        [sys.executable, "-m", "metier", "sweep", str(recipe), "--out", str(out), ranges],
-        cwd=ROOT, env=os.environ | {"OMP_NUM_THREADS": "2"}, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
-    )  # fmt: skip
-    try:
-        process.wait(seconds)
-    except subprocess.TimeoutExpired:
-        process.send_signal(signal.SIGKILL)
-        process.wait()
-        return True
-    assert process.returncode == 0
-    return False
+class Stopper(pipeline.Silent):
+    """Sends this process a real signal after some steps of the sweep."""
+
+    def __init__(self, done: int) -> None:
+        self.done = done
+
+    def progress(self, what: str, done: int, total: int, **numbers: float) -> None:
+        if what.startswith("sweep") and done >= self.done:
+            self.done = total + 1
+            os.kill(os.getpid(), signal.SIGTERM)
+
+
+def test_a_stopped_sweep_ends_with_the_same_table(recipe: Path, tmp_path: Path) -> None:
+    ranges: dict[str, Any] = {"adapter.rank": [2, 8], "train.learning_rate": [1e-3, 3e-2]}
+    sweep(ranged(recipe, tmp_path / "whole", ranges, halving=2))
+    tried = ranged(recipe, tmp_path / "stopped", ranges, halving=2)
+    for done in (5, 20):
+        with pytest.raises(Interrupted, match="run again to go on"):
+            sweep(tried, Stopper(done))
+    sweep(tried)
+    assert table(tmp_path / "stopped") == table(tmp_path / "whole")
+    weights = "adapter/adapter_model.safetensors"
+    assert (tmp_path / "stopped" / weights).read_bytes() == (tmp_path / "whole" / weights).read_bytes()
 
 
 def test_the_search_replayed_decides_alike() -> None:
