@@ -99,7 +99,14 @@ def row_and_tile_kernels() -> Iterator[Piece]:
             ),
             0.0,
         )
-    options = {"weight": weight, "rstd": torch.rand(TOKENS, device="cuda"), "low": low3, "down": a, "residual": x}
+    options = {
+        "weight": weight,
+        "rstd": torch.rand(TOKENS, device="cuda"),
+        "low": low3,
+        "down": a,
+        "projected": low3,
+        "residual": x,
+    }
     yield "norm backward", lambda: ops.norm_backward(x, x, **options), 0.0
     yield "rotary", lambda: ops.rotate(qkv, low3, up3, heads, rotation), 0.0
     yield "rotary backward", lambda: ops.rotate_backward(grads, None, None, None, heads, rotation), 0.0

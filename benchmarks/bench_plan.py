@@ -14,9 +14,12 @@ import argparse
 import datetime
 import json
 import math
+import resource
 import subprocess
 import sys
+import tempfile
 import time
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -139,18 +142,110 @@ def work(case: tuple[str, str, str, str, int, int]) -> None:
     }))  # fmt: skip
 
 
+def write_checkpoint(folder: Path) -> None:
+    """A 7B checkpoint with random bf16 weights, a shard a layer, and a tokenizer of 256 words."""
+    import safetensors.torch
+    import torch
+    import transformers
+    from tokenizers import Tokenizer, models
+
+    from metier.model.load import empty_model
+
+    config = transformers.LlamaConfig()
+    config.architectures = ["LlamaForCausalLM"]
+    config.save_pretrained(folder)
+    words = Tokenizer(models.WordLevel({f"w{i}": i for i in range(256)}, unk_token="w0"))
+    transformers.PreTrainedTokenizerFast(tokenizer_object=words, eos_token="w2").save_pretrained(folder)
+    shards: dict[str, dict[str, torch.Tensor]] = {}
+    for name, parameter in empty_model(config, torch.bfloat16).named_parameters():
+        weight = torch.empty(parameter.shape, dtype=torch.bfloat16, device="cuda")
+        weight = weight.fill_(1.0) if parameter.dim() == 1 else weight.normal_(std=0.02)
+        key = name.split(".")[2] if ".layers." in name else "rest"
+        shards.setdefault(key, {})[name] = weight.cpu()
+        if len(shards[key]) == 9:
+            safetensors.torch.save_file(shards.pop(key), folder / f"model-{key}.safetensors", {"format": "pt"})
+    for key, tensors in shards.items():
+        safetensors.torch.save_file(tensors, folder / f"model-{key}.safetensors", {"format": "pt"})
+
+
+def first_step(folder: Path, precision: str, started: float) -> None:
+    """From the start of the process to the end of the first step of 16 x 512 tokens, as JSON."""
+    import torch
+
+    from metier.model.chat import Rendered
+    from metier.model.device import storage_of
+    from metier.model.load import load_base
+    from metier.model.lora import attach
+    from metier.recipe import AdapterConfig, TrainConfig
+    from metier.training.loop import Trainer
+    from metier.training.schedule import make_plan
+
+    imported = time.time() - started
+    device = torch.device("cuda")
+    base = load_base(folder, dtype=torch.bfloat16, device=device, storage=storage_of(precision))  # type: ignore[arg-type]
+    loaded = time.time() - started
+    adapter = attach(base.model, AdapterConfig(), seed=0)
+    records = [Rendered(list(range(5, 5 + RECORD_TOKENS)), list(range(5, 5 + RECORD_TOKENS)))] * 16
+    config = TrainConfig(micro_batch_size=16, max_steps=1, learning_rate=1e-4)
+    trainer = Trainer(base, adapter, config, make_plan(config, 16, 4096, device), 0, records, [], folder, print)
+    base.model.train()
+    loss = trainer.step().loss
+    torch.cuda.synchronize()
+    print(json.dumps({
+        "precision": precision, "imported": imported, "loaded": loaded, "first_step": time.time() - started,
+        "finite": math.isfinite(loss), "device_peak": torch.cuda.max_memory_allocated() / 2**30,
+        "host_peak": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20,
+    }))  # fmt: skip
+
+
+def start_up() -> list[str]:
+    """Lines of the report: a first step from a checkpoint that was just written, for two precisions."""
+    lines = []
+    with tempfile.TemporaryDirectory() as temporary:
+        subprocess.run([sys.executable, __file__, "--write", temporary], check=True)
+        for precision in ("bf16", "nf4"):
+            command = [sys.executable, __file__, "--start", precision, temporary, str(time.time())]
+            done = subprocess.run(command, capture_output=True, text=True, check=False)
+            if done.returncode:
+                lines.append(f"- 7B, {precision}: failed: {(done.stderr.strip().splitlines() or ['?'])[-1][:160]}")
+                continue
+            r = json.loads(done.stdout.splitlines()[-1])
+            lines.append(
+                f"- 7B, {precision}: first step of 16 x 512 tokens {r['first_step']:.1f} s after the process started "
+                f"(imports {r['imported']:.1f}, base loaded and digested {r['loaded']:.1f}); peak on the card "
+                f"{r['device_peak']:.1f} GiB, of the host {r['host_peak']:.1f} GiB, the mapped files counted"
+            )
+            print(lines[-1], flush=True)
+    return lines
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--machine", default="h100", help="in the results file's name")
     parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results")
+    parser.add_argument("--only", choices=["memory", "start"], help="one half alone, printed and not written")
+    parser.add_argument("--cases", type=int, nargs="+", default=range(len(CASES)), help="which memory cases")
     parser.add_argument("--case", type=int, help=argparse.SUPPRESS)
+    parser.add_argument("--write", type=Path, help=argparse.SUPPRESS)
+    parser.add_argument("--start", nargs=3, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
+    if arguments.write:
+        return write_checkpoint(arguments.write)
+    if arguments.start:
+        return first_step(Path(arguments.start[1]), arguments.start[0], float(arguments.start[2]))
     if arguments.case is not None:
         return work(CASES[arguments.case])
-    import torch
+    rows, card = memory_rows(arguments.cases) if arguments.only != "start" else ([], "")
+    starts = start_up() if arguments.only != "memory" else []
+    if arguments.only is None:
+        write_report(rows, starts, card, arguments)
 
+
+def memory_rows(cases: Iterable[int]) -> tuple[list[str], str]:
+    """The table's rows, one case after the other, and the card's name."""
     rows, card = [], ""
-    for number, (shape, path, precision, recompute, tokens, limit) in enumerate(CASES):
+    for number in cases:
+        shape, path, precision, recompute, tokens, limit = CASES[number]
         done = subprocess.run(
             [sys.executable, __file__, "--case", str(number)], capture_output=True, text=True, check=False
         )
@@ -169,6 +264,13 @@ def main() -> None:
                 + (f" stepped back: {r['step_backs']}" if r["step_backs"] else "")
             )
         print(rows[-1], flush=True)
+    return rows, card
+
+
+def write_report(rows: list[str], starts: list[str], card: str, arguments: argparse.Namespace) -> None:
+    """The results file."""
+    import torch
+
     text = f"""# What `metier plan` predicts, and what training then takes
 
 {datetime.date.today().isoformat()}. `python benchmarks/bench_plan.py`; {card}, torch {torch.__version__}. Random weights, all-linear rank 16, records of \
@@ -178,6 +280,9 @@ predicted without the context and fragmentation; 'device' is all that the card h
 | shape | path | base in | limit | recomputation | tokens a pass | predicted GiB | allocated GiB | off by | predicted in all | device GiB | predicted tok/s | tok/s |
 |---|---|---|---|---|---|---|---|---|---|---|---|---|
 {chr(10).join(rows)}
+
+Start-up, from a checkpoint of 33 safetensors files that was just written (so in the page cache):
+{chr(10).join(starts)}
 """  # noqa: E501
     arguments.out.mkdir(exist_ok=True)
     path = arguments.out / f"plan_{arguments.machine}_{datetime.date.today():%Y%m}.md"

@@ -1,16 +1,19 @@
-"""`metier prepare` on mixed records: seconds, memory, and the same bytes whatever stops it and however it is started.
+"""`metier prepare` on mixed records, all steps: seconds, memory, the same bytes whoever works and whatever stops it.
 
-    python benchmarks/bench_prepare.py --records 100000 [--kills 5]
+    python benchmarks/bench_prepare.py --records 100000 --workers 1 2 [--kills 20]
 
 Records: half English (60 words from the bundled ICD-10-CM terms), half Chinese (106 characters from the bundled
-articles of law), in a CSV and a JSONL file, with a label, a person and 5 % near-duplicates; 1 % of the rows are broken
-and 1 % are exact copies. Every step is on: near-duplicates, groups by person, stratified split, oversampling, variants
-of two methods, domain terms, certificate. Each measurement is a process of its own.
+articles of law), in a CSV and a JSONL file, with a label, a person and 5 % near-duplicates; 1 % of the rows are broken,
+1 % are exact copies, and one in ten names a person with a telephone number. Every step is on: cleaning,
+de-identification by rules (hipaa-safe-harbor), copies, near-duplicates, groups by person, stratified split,
+oversampling, variants of two methods, domain terms, certificate. Each measurement is a run of the command line; MB is
+the largest sum over its processes, shared pages counted once (PSS).
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import datetime
 import json
 import os
@@ -26,7 +29,13 @@ from pathlib import Path
 import bench_dedup
 
 ROOT = Path(__file__).parents[1]
-FILES = ("records.parquet", "rejected.parquet", "merged.parquet", "conflicts.parquet", "DATA_CARD.md", "croissant.json")
+FILES = (
+    "records.parquet", "rejected.parquet", "merged.parquet", "conflicts.parquet", "subjects.parquet", "DATA_CARD.md",
+    "croissant.json", "privacy_review.jsonl",
+)  # fmt: skip
+FIRST = ["James", "Mary", "Robert", "Linda", "Ahmed", "Wei"]
+LAST = ["Smith", "Johnson", "Garcia", "Brown", "Davis", "Miller"]
+SURNAMES, GIVEN = "王李张刘陈杨", "伟芳娜敏静磊军洋勇艳杰娟"
 
 
 def write_sources(folder: Path, number: int) -> Path:
@@ -40,6 +49,13 @@ def write_sources(folder: Path, number: int) -> Path:
             for position, text in enumerate(texts):
                 label, person = f"label {rng.choice('aaaaabbbc')}", f"p{rng.randrange(number // 4)}"
                 is_broken, is_copied = position % 100 == 7, position % 100 == 31
+                digits = f"{rng.randrange(10**8):08d}"
+                if position % 10 == 3 and language == "en":
+                    text += (
+                        f". Seen by {rng.choice(FIRST)} {rng.choice(LAST)}; phone (415) 5{digits[:2]}-{digits[2:6]}."
+                    )
+                elif position % 10 == 3:
+                    text += f"。患者{rng.choice(SURNAMES)}{''.join(rng.choices(GIVEN, k=2))},电话138{digits}。"
                 if name.endswith(".csv"):
                     line = f'"{text}",{label},{person}' if not is_broken else f'"{text}",{label}'
                 else:
@@ -54,22 +70,48 @@ def write_sources(folder: Path, number: int) -> Path:
     return recipe
 
 
-def start(recipe: Path, out: Path, threads: int) -> subprocess.Popen[bytes]:
-    """`metier prepare`, with so many threads for polars and numpy."""
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "POLARS_MAX_THREADS": str(threads)}
-    environment["OMP_NUM_THREADS"] = str(threads)
+def start(recipe: Path, out: Path, workers: int) -> subprocess.Popen[bytes]:
+    """`metier prepare` with so many workers; numpy and polars use one thread each."""
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "POLARS_MAX_THREADS": str(workers), "OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-c", "from metier.cli import main; main()", "prepare", str(recipe), "--out", str(out)]
-    return subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    command += ["--set", f"scale.workers={workers}"]
+    log = recipe.with_suffix(".log").open("ab")
+    with log:
+        return subprocess.Popen(command, env=environment, stdout=log, stderr=log)
 
 
-def measured(recipe: Path, out: Path, threads: int) -> tuple[float, float, float]:
-    """(wall seconds, CPU seconds, peak MB) of one whole run."""
+def tree(pid: int) -> list[int]:
+    """The process and all below it."""
+    found = [pid]
+    for parent in found:
+        with contextlib.suppress(OSError):
+            found += map(int, Path(f"/proc/{parent}/task/{parent}/children").read_text().split())
+    return found
+
+
+def megabytes(pid: int) -> float:
+    total = 0
+    for each in tree(pid):
+        with contextlib.suppress(OSError):
+            lines = Path(f"/proc/{each}/smaps_rollup").read_text().splitlines()
+            total += next((int(line.split()[1]) for line in lines if line.startswith("Pss:")), 0)
+    return total / 1024
+
+
+def measured(recipe: Path, out: Path, workers: int) -> tuple[float, float, float]:
+    """(wall seconds, CPU seconds of all processes, peak MB of all together) of one whole run."""
     began = time.perf_counter()
-    process = start(recipe, out, threads)
-    _, status, usage = os.wait4(process.pid, 0)
-    if status:
-        raise SystemExit("metier prepare failed")
-    return time.perf_counter() - began, usage.ru_utime + usage.ru_stime, usage.ru_maxrss / 1024
+    before = os.times()
+    process = start(recipe, out, workers)
+    peak = 0.0
+    while process.poll() is None:
+        peak = max(peak, megabytes(process.pid))
+        time.sleep(0.25)
+    wall, after = time.perf_counter() - began, os.times()
+    if process.returncode:
+        raise SystemExit(recipe.with_suffix(".log").read_text())
+    used = after.children_user - before.children_user + after.children_system - before.children_system
+    return wall, used, peak
 
 
 def digests(out: Path) -> list[str]:
@@ -79,53 +121,57 @@ def digests(out: Path) -> list[str]:
     return [digest_file(out / "dataset" / name) for name in FILES]
 
 
+def kill(recipe: Path, folder: Path, kills: int, wall: float, workers: int) -> tuple[int, int]:
+    """(runs that ended with the reference's bytes, processes that outlived a kill) of runs killed at moments by lot."""
+    rng, equal, left = random.Random(1), 0, 0
+    for number in range(kills):
+        process = start(recipe, folder / f"killed{number}", workers)
+        # Half of them in the last third, where the result is written.
+        time.sleep(wall * (rng.random() if number % 2 else rng.uniform(0.66, 1)))
+        below = tree(process.pid)
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+        time.sleep(2)
+        left += sum(Path(f"/proc/{pid}").exists() for pid in below)
+        measured(recipe, folder / f"killed{number}", workers)
+        equal += digests(folder / f"killed{number}") == digests(folder / "run1")
+        print(f"kill {number + 1}: {equal} equal, {left} left", flush=True)
+    return equal, left
+
+
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--records", type=int, default=100_000)
-    parser.add_argument("--kills", type=int, default=5)
+    parser.add_argument("--workers", type=int, nargs="+", default=[1, 2])
+    parser.add_argument("--kills", type=int, default=0)
     arguments = parser.parse_args()
-    with tempfile.TemporaryDirectory() as folder:
-        here = Path(folder)
-        recipe = write_sources(here, arguments.records)
-        rows = []
-        for threads in (1, 2):
-            wall, cpu, peak = measured(recipe, here / f"run{threads}", threads)
-            rows.append(f"| {arguments.records:,} | {threads} | {wall:.1f} | {cpu:.1f} | {peak:.0f} |")
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = Path(temporary)
+        recipe = write_sources(folder, arguments.records)
+        rows, made = [], {}
+        for workers in arguments.workers:
+            out = folder / f"run{workers}"
+            wall, cpu, peak = measured(recipe, out, workers)
+            made[workers] = digests(out)
+            rows.append(f"| {arguments.records:,} | {workers} | {wall:.1f} | {cpu:.1f} | {peak:.0f} |")
             print(rows[-1], flush=True)
-        same = digests(here / "run1") == digests(here / "run2")
-        equal = 0
-        for kill in range(arguments.kills):
-            process = start(recipe, here / f"killed{kill}", 2)
-            time.sleep(wall * (kill + 1) / (arguments.kills + 1))
-            process.send_signal(signal.SIGKILL)
-            process.wait()
-            measured(recipe, here / f"killed{kill}", 2)
-            equal += digests(here / f"killed{kill}") == digests(here / "run1")
-        counts = json.loads((here / "run1" / "dataset" / "manifest.json").read_text(encoding="utf-8"))
-    table = "\n".join(rows)
-    lines = f"""# `metier prepare` on {arguments.records:,} mixed records
-
-{datetime.date.today()}. `python benchmarks/bench_prepare.py --records {arguments.records} --kills {arguments.kills}`; \
-{platform.system()} {platform.machine()}, {os.cpu_count()} cores, Python {platform.python_version()}.
-Other jobs shared the cores: the CPU seconds are the number to compare.
-
-{__doc__.split(chr(10) * 2, 2)[2].strip()}
-
-| records | threads | wall s | CPU s | peak MB |
-|---:|---:|---:|---:|---:|
-{table}
-
-Target: 100,000 records in at most 60 s wall on 2 cores and 1.5 GB.
-
-- The same bytes of {", ".join(FILES)} with one thread and with two: {"yes" if same else "NO"}.
-- Killed (SIGKILL) at {arguments.kills} moments and started again: {equal} of {arguments.kills} with the same bytes.
-- {counts["counts"]}
-- Leakage certificate: {counts["leakage"]["shared_with_train"]}; split by row: {counts["leakage"]["if_split_by_row"]}.
-- Cleaning and de-identification are not part of this measurement.
-"""
-    print(lines)
-    out = ROOT / "benchmarks" / "results" / f"prepare_cpu{os.cpu_count()}_{datetime.date.today():%Y%m}.md"
-    out.write_text(lines, encoding="utf-8")
+        manifest = json.loads((out / "dataset" / "manifest.json").read_text(encoding="utf-8"))
+        is_same = len({tuple(found) for found in made.values()}) == 1
+        if arguments.kills:
+            equal, left = kill(recipe, folder, arguments.kills, wall, arguments.workers[-1])
+    print(
+        f"\n{datetime.date.today()}. `python benchmarks/bench_prepare.py {' '.join(sys.argv[1:])}`; "
+        f"{platform.system()} {platform.machine()}, {os.cpu_count()} cores, Python {platform.python_version()}.\n\n"
+        "| records | workers | wall s | CPU s | peak MB |\n|---:|---:|---:|---:|---:|\n" + "\n".join(rows)
+    )
+    print(f"\n- The same bytes of {', '.join(FILES)} with {arguments.workers} workers: {'yes' if is_same else 'NO'}.")
+    if arguments.kills:
+        print(
+            f"- Killed (SIGKILL) at {arguments.kills} moments and started again: {equal} with the same bytes; {left} "
+            "worker processes outlived their parent by 2 s."
+        )
+    print(f"- {manifest['counts']}; {manifest['privacy']['records_touched']:,} records held identifiers")
+    print(f"- Leakage certificate: {manifest['leakage']['shared_with_train']}")
 
 
 if __name__ == "__main__":

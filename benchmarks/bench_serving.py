@@ -66,6 +66,8 @@ class Served:
                     return
             except OSError:
                 continue
+        self.process.kill()
+        raise SystemExit("metier serve did not answer within 150 s")
 
     def call(self, method: str, path: str, body: Any = None, timeout: float = 300) -> tuple[int, bytes]:
         connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=timeout)
@@ -128,19 +130,29 @@ def make_jobs(number: int, models: list[str], terms: list[str], max_tokens: int)
 
 
 def alone(runs: dict[str, str | None], base: str, jobs: list[dict[str, Any]], args: argparse.Namespace) -> float:
-    """Puts each job's answer by plain sequential `generate` into it; tokens a second of all of them."""
+    """Puts each job's answer by plain sequential `generate` into it; tokens a second of the first `--timed` of them.
+
+    Answers are kept in the work folder: the long list may be made beforehand, slowly, beside other work.
+    """
+    file = args.work / f"answers-{args.precision}-{args.max_tokens}.json"
+    known = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
     tokens, seconds = 0, 0.0
     for name, run in runs.items():
         specialist = load(run or base, device=args.device, precision=args.precision)
-        for job in jobs:
-            if job["body"]["model"] == name:
+        for number, job in enumerate(jobs):
+            messages, key = job["body"]["messages"], f"{name}: {job['body']['messages'][-1]['content']}"
+            if job["body"]["model"] == name and (number < args.timed or key not in known):
                 begun = time.monotonic()
-                [answer] = specialist.complete([job["body"]["messages"]], max_new_tokens=job["body"]["max_tokens"])
-                seconds += time.monotonic() - begun
-                tokens += answer.num_tokens
-                job["want"] = answer.text
+                [answer] = specialist.complete([messages], max_new_tokens=args.max_tokens)
+                if number < args.timed:
+                    seconds += time.monotonic() - begun
+                    tokens += answer.num_tokens
+                known[key] = answer.text
+                file.write_text(json.dumps(known, ensure_ascii=False), encoding="utf-8")
         del specialist
-    return tokens / seconds
+    for job in jobs:
+        job["want"] = known[f"{job['body']['model']}: {job['body']['messages'][-1]['content']}"]
+    return tokens / seconds if seconds else 0.0
 
 
 def bench_load(served: Served, jobs: list[dict[str, Any]], clients: int, sequential: float) -> list[str]:
@@ -299,6 +311,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("runs", nargs=2)
     parser.add_argument("--requests", type=int, default=500)
+    parser.add_argument("--timed", type=int, default=48, help="requests that are timed one after another")
     parser.add_argument("--clients", type=int, default=32)
     parser.add_argument("--max-tokens", type=int, default=48)
     parser.add_argument("--abuse", type=int, default=1000)
@@ -332,8 +345,7 @@ def main() -> None:
             "",
         ]
     jobs = make_jobs(args.requests, list(models), terms, args.max_tokens)
-    jobs_known = jobs if "load" not in args.skip else jobs[:8]
-    sequential = alone(models, base, jobs_known, args)
+    sequential = alone(models, base, jobs if "load" not in args.skip else jobs[:8], args)
     lines += ["| | |", "|---|---|"]
     if "load" not in args.skip:
         lines += bench_load(served, jobs, args.clients, sequential)

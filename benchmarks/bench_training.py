@@ -1,9 +1,14 @@
-"""LoRA training speed on one CUDA GPU: metier beside PEFT, PEFT + Liger and Unsloth, each in a fresh process.
+"""LoRA training speed on one CUDA GPU: metier beside PEFT, PEFT + Liger and Unsloth, each in a process of its own.
 
     python benchmarks/bench_training.py all                   # every row that can run here, and the results file
     python benchmarks/bench_training.py metier_fp8 peft ...   # some rows, printed
     python benchmarks/bench_training.py report FILE           # the results file from lines that rows printed
     SHAPE=7b|8b|smol|70b BATCH=16 SEQ=512 STEPS=8             # environment of those
+    python benchmarks/bench_training.py metier_fp8@8b metier_bf16@7b,2,4096     # shape, batch and length for one row
+    MORE="4x2048 2x4096 1x8192"                               # metier's rows measure these as well, in the same process
+
+Rows that fit the card's memory together start together, and each waits after its warm-up until it is its turn: then the
+card is its alone.
 
 Random weights of the shape (speed does not depend on them), all-linear r=16, alpha 32, no dropout, fused AdamW, loss on
 every token. A row: the median step's tokens/s, peak memory from torch's allocator, and mfu: the arithmetic of forward
@@ -18,6 +23,7 @@ import os
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -38,6 +44,7 @@ VOCAB, HIDDEN, INNER, LAYERS, HEADS, KV_HEADS = SHAPES[SHAPE]
 BATCH, SEQ, STEPS = (int(os.environ.get(name, value)) for name, value in (("BATCH", 16), ("SEQ", 512), ("STEPS", 8)))
 SAVED = Path(tempfile.gettempdir()) / f"llama-{SHAPE}"
 H100_BF16 = 989e12
+STARTED = time.time()
 
 
 def config() -> Any:
@@ -90,16 +97,30 @@ def batches() -> Iterator[Any]:
         yield torch.randint(5, min(VOCAB, 31000), (BATCH, SEQ), device="cuda", generator=generator)
 
 
+def wait_for_turn() -> None:
+    """Tells the parent that this row is warm, and waits until it may have the card, which it then keeps."""
+    print("WARM", flush=True)
+    if os.environ.pop("TURNS", None):
+        sys.stdin.readline()
+
+
 def measure(name: str, step: Callable[[Any], Any]) -> None:
     import torch
 
     ids = batches()
     tick = time.time()
-    for _ in range(WARM_UP):
-        loss = step(next(ids))
+    torch.cuda.empty_cache()
+    torch.cuda.reset_peak_memory_stats()
+    step(next(ids))
+    torch.cuda.synchronize()
+    first = time.time()
+    for _ in range(WARM_UP - 1):
+        step(next(ids))
     torch.cuda.synchronize()
     warm = time.time() - tick
-    torch.cuda.reset_peak_memory_stats()
+    wait_for_turn()
+    for _ in range(WARM_UP):
+        loss = step(next(ids))
     pairs = []
     for _ in range(STEPS):
         some = next(ids)
@@ -117,6 +138,7 @@ def measure(name: str, step: Callable[[Any], Any]) -> None:
         "reserved_gib": round(torch.cuda.max_memory_reserved() / 2**30, 2),
         "mfu": round(rate * token_flops() / H100_BF16, 3), "ms": round(times[len(times) // 2], 1),
         "ms_min_max": [round(times[0], 1), round(times[-1], 1)], "warm_up_s": round(warm, 1),
+        "first_step_s": round(first - STARTED, 1),
         "loss": round(float(loss), 3),
     }  # fmt: skip
     print("ROW " + json.dumps(row), flush=True)
@@ -125,8 +147,8 @@ def measure(name: str, step: Callable[[Any], Any]) -> None:
 
 
 KINDS = (
-    ("attention", ("flash", "fmha", "attention")),
-    ("quantise, norm and LoRA down", ("_project_rows", "_norm_backward")),
+    ("attention", ("flash", "fmha", "attention", "cudnn::fusion")),
+    ("quantise, norm and LoRA down", ("_project_rows", "_scaled_rows", "_norm_backward", "_row_means")),
     ("SwiGLU", ("_swiglu",)), ("rotary", ("_rotate",)), ("residual and LoRA up", ("_add_low_rank",)),
     ("weights: dequantise, transpose", ("_dequantise", "_transpose")), ("loss", ("_cross_entropy",)),
     ("optimizer", ("multi_tensor", "fused_adam")), ("products", ("gemm", "nvjet", "cutlass", "splitk", "gemv")),
@@ -185,12 +207,16 @@ def metier(name: str, storage: str = "dense", *, micro: int = 1, **options: Any)
     train = trainer(storage, **options)
 
     def packed(ids: Any) -> Any:
-        rows = ids.shape[0]
-        positions = torch.arange(SEQ, device="cuda").repeat(rows)[None]
-        at = torch.arange(rows * SEQ, device="cuda").view(rows, SEQ)[:, :-1].flatten()
-        return PackedBatch(ids.reshape(1, -1), positions, at, ids[:, 1:].flatten(), (SEQ,) * rows)
+        rows, seq = ids.shape
+        positions = torch.arange(seq, device="cuda").repeat(rows)[None]
+        at = torch.arange(rows * seq, device="cuda").view(rows, seq)[:, :-1].flatten()
+        return PackedBatch(ids.reshape(1, -1), positions, at, ids[:, 1:].flatten(), (seq,) * rows)
 
+    global BATCH, SEQ
     measure(name, lambda ids: train([packed(part) for part in ids.chunk(micro)]))
+    for size in os.environ.get("MORE", "").split():
+        BATCH, SEQ = map(int, size.split("x"))
+        measure(name, lambda ids: train([packed(part) for part in ids.chunk(micro)]))
 
 
 def uneven_lengths(num: int) -> list[int]:
@@ -209,7 +235,7 @@ def metier_uneven(name: str, storage: str = "dense", records: int = 48) -> None:
     from metier.training.pack import pack_batches
 
     train = trainer(storage)
-    lengths = uneven_lengths(records * (STEPS * 3 + 8))
+    lengths = uneven_lengths(records * STEPS * 6)
     ids = torch.randint(5, min(VOCAB, 31000), (max(lengths),)).tolist()
     device = torch.device("cuda")
 
@@ -219,18 +245,20 @@ def metier_uneven(name: str, storage: str = "dense", records: int = 48) -> None:
         train([batch.to(device) for batch in pack_batches(rendered, 12288, records)])
         return sum(chosen)
 
-    for number in range(8):
+    warm = STEPS * 3
+    for number in range(warm):
         step(number)
-    torch.cuda.reset_peak_memory_stats()
+    wait_for_turn()
     rates = []
-    for number in range(8, 8 + STEPS * 3):
+    for number in range(warm, 2 * warm):
         tick = time.perf_counter()
         tokens = step(number)
         torch.cuda.synchronize()
         rates.append((time.perf_counter() - tick, tokens))
     seconds, tokens = (sum(column) for column in zip(*rates, strict=True))
     row = {"name": name, "shape": SHAPE, "records_a_step": records, "real_tok_s": round(tokens / seconds),
-           "peak_gib": round(torch.cuda.max_memory_allocated() / 2**30, 2), "steps": len(rates)}  # fmt: skip
+           "peak_gib": round(torch.cuda.max_memory_allocated() / 2**30, 2),
+           "reserved_gib": round(torch.cuda.max_memory_reserved() / 2**30, 2), "steps": len(rates)}  # fmt: skip
     print("ROW " + json.dumps(row), flush=True)
 
 
@@ -318,22 +346,84 @@ ROWS: dict[str, Callable[[], None]] = {
 }
 
 
-def run_rows(names: list[str], **environment: str) -> list[str]:
-    """Each row in a process of its own; its printed lines, or one that says how it failed."""
-    lines = []
-    for name in names:
-        tick = time.time()
+# GiB that a row takes of the card at most; 74 where it is not known.
+GIB = {
+    "metier_bf16": 39, "metier_fp8": 39, "metier_fp8_16g": 17, "metier_nf4_6g": 9, "metier_nf4_6g_2": 9,
+    "metier_nf4_6g_3": 9, "save": 17, "unsloth": 48, "unsloth_ckpt": 19, "unsloth_4bit": 12, "liger": 58,
+    "metier_nf4": 40,
+}  # fmt: skip
+
+
+class Row:
+    """A row in a process of its own: NAME or NAME@SHAPE or NAME@SHAPE,BATCH,SEQ."""
+
+    def __init__(self, spec: str) -> None:
+        self.spec = spec
+        name, _, sizes = spec.partition("@")
+        names = dict(zip(("SHAPE", "BATCH", "SEQ"), sizes.split(","), strict=False)) if sizes else {}
+        self.gib = self.gib_of(spec)
+        self.deadline = time.time() + float(os.environ.get("EACH", 150))
+        self.errors = tempfile.TemporaryFile("w+")  # noqa: SIM115
+        self.process = subprocess.Popen(
+            [sys.executable, __file__, "one", name], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self.errors,
+            text=True, env=os.environ | {"TURNS": "1"} | names,
+        )  # fmt: skip
+        self.lines: list[str] = []
+        self.is_warm = threading.Event()
+        self.reader = threading.Thread(target=self._read, daemon=True)
+        self.reader.start()
+
+    @staticmethod
+    def gib_of(spec: str) -> int:
+        name, _, sizes = spec.partition("@")
+        shape = sizes.split(",")[0] or SHAPE
+        return 10 if shape == "smol" else GIB.get(name, 74) if shape == "7b" else 74
+
+    def _read(self) -> None:
+        assert self.process.stdout is not None
+        for line in self.process.stdout:
+            self.lines.append(line.rstrip())
+            if line.startswith("WARM"):
+                self.is_warm.set()
+        self.is_warm.set()
+
+    def result(self) -> list[str]:
+        """Lets the row measure, once it is warm; its lines, or one that says how it failed."""
+        assert self.process.stdin is not None
         try:
-            done = subprocess.run(
-                [sys.executable, __file__, "one", name], capture_output=True, text=True, env=os.environ | environment,
-                timeout=float(os.environ.get("EACH", 150)),
-            )  # fmt: skip
-            out, error = done.stdout, done.stderr
-        except subprocess.TimeoutExpired:
-            out, error = "", "took too long"
-        kept = [line for line in out.splitlines() if line.startswith(("ROW", "PROFILE", "  ", "saved"))]
-        lines += kept or [f"MISSING {name}: {error.strip()[-int(os.environ.get('TRACE', 200)) :]}"]
-        print("\n".join(kept or lines[-1:]), f"[{name}, {time.time() - tick:.0f} s]", flush=True)
+            self.process.stdin.write("go\n")
+            self.process.stdin.close()
+            self.process.wait(max(1.0, self.deadline - time.time()))
+        except (subprocess.TimeoutExpired, BrokenPipeError):
+            self.process.kill()
+        self.reader.join(5)
+        kept = [line for line in self.lines if line.startswith(("ROW", "PROFILE", "  ", "saved"))]
+        if kept:
+            return kept
+        self.errors.seek(0)
+        reason = self.errors.read().strip()[-int(os.environ.get("TRACE", 200)) :] or "took too long"
+        return [f"MISSING {self.spec}: {reason}"]
+
+
+def run_rows(specs: list[str]) -> list[str]:
+    """The rows' lines. Rows that fit together start together; then each has the card for itself."""
+    lines: list[str] = []
+    waiting = list(specs)
+    while waiting:
+        tick, group = time.time(), [Row(waiting.pop(0))]
+        while waiting and "save" not in group[0].spec:
+            row_gib = Row.gib_of(waiting[0])
+            if sum(row.gib for row in group) + row_gib > 74:
+                break
+            group.append(Row(waiting.pop(0)))
+        for row in group:
+            row.is_warm.wait(max(1.0, row.deadline - time.time()))
+            if not any(line.startswith("WARM") for line in row.lines):
+                row.process.kill()
+        for row in group:
+            found = row.result()
+            lines += found
+            print("\n".join(found), f"[{row.spec}, {time.time() - tick:.0f} s]", flush=True)
     return lines
 
 

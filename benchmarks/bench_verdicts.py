@@ -1,6 +1,7 @@
 """Are the verdicts calibrated? Simulated test sets with a known truth, judged as a run's own are.
 
     python benchmarks/bench_verdicts.py [runs]        # 1,000 by default: some 10 minutes of one core
+    python benchmarks/bench_verdicts.py --power       # how much any paired test could find: by calculation, seconds
 
 Prints the table of benchmarks/results/verdicts_cpu_202611.md.
 """
@@ -10,6 +11,7 @@ from __future__ import annotations
 import sys
 from collections import Counter
 from collections.abc import Callable, Iterator
+from math import exp, lgamma, log
 
 import numpy as np
 
@@ -78,7 +80,43 @@ def cases() -> Iterator[tuple[str, Callable[[np.random.Generator], Sample]]]:
     yield "+10 points, 100 groups of 10", clustered(100, 10, 0.1, 0.2)
 
 
+def best_power(n: int, changed: float, gain: float, *, randomised: bool) -> float:
+    """Power of the exact two-sided 5 % test of `n` pairs of which a share `changed` differ, with net `gain`.
+
+    Given the number of discordant pairs m, those lost are binomial(m, 1/2) without a difference. `randomised` adds the
+    boundary's share, so that the level is 5 % exactly: the uniformly most powerful unbiased test (Lehmann and Romano,
+    Testing Statistical Hypotheses, section 4.4), which no unbiased two-sided test of right-or-wrong pairs exceeds.
+    """
+    lost, total = (changed - gain) / 2 / changed, 0.0
+    for m in range(n + 1):
+        weight = pmf(m, n, changed)
+        if weight < 1e-12:
+            continue
+        tail, k = 0.0, 0
+        found = 0.0
+        while k < m / 2 and tail + (here := pmf(k, m, 0.5)) <= 0.025:
+            tail, found, k = tail + here, found + pmf(k, m, lost) + pmf(m - k, m, lost), k + 1
+        if randomised and k <= m / 2:
+            share = min(1.0, (0.025 - tail) / pmf(k, m, 0.5))
+            found += share * (pmf(k, m, lost) + (pmf(m - k, m, lost) if m - k != k else 0.0))
+        total += weight * found
+    return total
+
+
+def pmf(k: int, n: int, p: float) -> float:
+    """The binomial probability."""
+    logs = lgamma(n + 1) - lgamma(k + 1) - lgamma(n - k + 1)
+    return exp(logs + k * log(p) + (n - k) * log(1 - p))
+
+
 def main() -> None:
+    if sys.argv[1:] == ["--power"]:
+        print("| items | answers changed | true difference | exact McNemar finds | most any unbiased test can find |")
+        print("|---|---|---|---|---|")
+        for n, changed in ((1000, 0.15), (1000, 0.25), (1000, 0.3), (1000, 0.4), (1300, 0.4)):
+            found = [best_power(n, changed, 0.05, randomised=r) for r in (False, True)]
+            print(f"| {n:,} | {changed:.0%} | 5 points | {found[0]:.1%} | {found[1]:.1%} |")
+        return
     runs = int(sys.argv[1]) if len(sys.argv) > 1 else 1_000
     print("| truth | better | worse | no difference shown | not enough data | intervals that cover |")
     print("|---|---|---|---|---|---|")

@@ -274,6 +274,11 @@ def en_makers(seed: int) -> dict[str, tuple[str, Callable[[], str]]]:
         )  # fmt: skip
 
     return {
+        "street": ("ADDRESS", either(faker.street_address, world.street_address)),
+        "streetname": ("ADDRESS", either(faker.street_name, world.street_name)),
+        "building": ("ADDRESS", lambda: str(rng.randint(1, 399))),
+        "unit": ("ADDRESS", lambda: f"{rng.choice(('apartment', 'Apt.', 'Suite', 'flat'))} {rng.randint(1, 399)}"),
+        "country": ("", faker.country),
         "name": ("PERSON", name),
         "first": ("PERSON", either(faker.first_name, world.first_name)),
         "last": ("PERSON", either(faker.last_name, world.last_name)),

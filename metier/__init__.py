@@ -11,7 +11,7 @@ _HOMES = {
     "Recipe": "metier.recipe",
     "deidentify": "metier.data.deidentify.rewrite",
     "evaluate": "metier.pipeline",
-    "export": "metier.serving.export",
+    "export": "metier.pipeline",
     "load": "metier.model.specialist",
     "prepare": "metier.pipeline",
     "run": "metier.pipeline",

@@ -54,3 +54,8 @@ def keyed_hash(value: str, key: bytes, *, purpose: str = "subject") -> str:
     """
     folded = " ".join(unicodedata.normalize("NFKC", value).casefold().split())
     return hmac.new(key, f"{purpose}\0{folded}".encode(), hashlib.sha256).hexdigest()[:32]
+
+
+def key_fingerprint(key: bytes) -> str:
+    """What tells one key from another and tells nothing else of it."""
+    return keyed_hash("fingerprint", key, purpose="fingerprint")

@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -31,6 +31,7 @@ from metier.errors import RunError
 from metier.recipe import Recipe
 
 if TYPE_CHECKING:
+    from metier.evaluation.contenders import Contender
     from metier.model.load import Base
 
 # How often to write down what happened cannot change what happens.
@@ -90,6 +91,24 @@ def evaluate(recipe: Recipe, ui: Ui | None = None) -> Path:
     return out / "evidence"
 
 
+def export(
+    run: str | Path, to: str = "bundle", *, out: str | Path | None = None, storage: Sequence[str] = (),
+    targets: Sequence[str] = (), say: Callable[[str], None] = lambda text: None,
+) -> Path:  # fmt: skip
+    """Writes the run's adapter in a form that others serve, and its parity into the report; returns the folder.
+
+    Raises `RunError` for a form that is not what was measured; those that are stay.
+    """
+    from metier.serving.export import export as export_run
+
+    try:
+        return export_run(run, to, out=out, storage=storage, targets=targets, say=say)
+    finally:
+        folder = Path(run)
+        if read_manifest(folder / "evidence") and any(folder.glob("export/*/PARITY.json")):
+            _report(folder)
+
+
 def is_follower() -> bool:
     """Whether `torchrun` started this process as any but the first: it trains along, and writes and says nothing."""
     return int(os.environ.get("RANK", "0")) > 0 and num_processes() > 1
@@ -124,11 +143,11 @@ def _run_folder(recipe: Recipe, ui: Ui | None) -> Iterator[tuple[Path, Ui]]:
 def _prepare(recipe: Recipe, out: Path, ui: Ui) -> None:
     from metier.data.prepare import dataset_key, prepare
 
-    key = dataset_key(recipe, out / "dataset")
-    if is_current(out / "dataset", key):
+    asked = dataset_key(recipe, out / "dataset")
+    if is_current(out / "dataset", asked[0]):
         ui.say("dataset: up to date")
         return
-    prepare(recipe, out=out / "dataset", progress=ui.say)
+    prepare(recipe, out=out / "dataset", progress=ui.say, asked=asked)
     _store(recipe, out)
     audit_artifacts(out)
 
@@ -226,6 +245,33 @@ def _full(recipe: Recipe, out: Path, ui: Ui) -> dict[str, Any]:
     )  # fmt: skip
 
 
+def _contenders(recipe: Recipe, out: Path, ui: Ui) -> list[Contender]:
+    """The other models that the recipe puts beside the adapter; what is to be trained for that is trained."""
+    if recipe.evaluate.reference != "full" and not recipe.evaluate.earlier:
+        return []  # and torch is not loaded
+    from metier.evaluation.contenders import Contender, earlier_of
+    from metier.model.resolve import base_digest, resolve_base
+    from metier.model.specialist import Specialist, load, precision_of
+
+    def loaded(folder: Path) -> Callable[[], Specialist]:
+        device = recipe.train.device
+        return lambda: load(folder, device=device, precision=precision_of(out / "adapter"), say=ui.say)
+
+    found = []
+    if recipe.evaluate.reference == "full":
+        manifest = _full(recipe, out, ui)
+        found.append(Contender("full", manifest["digest"], loaded(out / "full"), manifest))
+    if recipe.evaluate.earlier:
+        folder = Path(recipe.evaluate.earlier)
+        digest = base_digest(resolve_base(recipe.base, recipe.revision, progress=ui.say))
+        found.append(earlier_of(folder, loaded(folder), base_digest=digest))
+    return found
+
+
+def _digest_of(path: str | None) -> str | None:
+    return digest_file(Path(path)) if path and Path(path).is_file() else None
+
+
 def _evaluate(recipe: Recipe, out: Path, ui: Ui) -> None:
     dataset, adapter = _parent(out / "dataset", "prepare"), _parent(out / "adapter", "train")
     if adapter.get("parents", {}).get("dataset") != dataset["digest"]:
@@ -234,10 +280,12 @@ def _evaluate(recipe: Recipe, out: Path, ui: Ui) -> None:
             f"`{out / 'adapter'}` was trained on another data set than the one in `{out / 'dataset'}`",
             hint="run `metier train` first, or `metier run`",
         )
+    contenders = _contenders(recipe, out, ui)
     key = digest_json(
         {
             "stage": "evidence", "dataset": dataset["digest"], "adapter": adapter["digest"], "seed": recipe.seed,
-            "evaluate": recipe.evaluate.model_dump(),
+            "evaluate": recipe.evaluate.model_dump(), "contenders": {one.name: one.digest for one in contenders},
+            "own_probes": _digest_of(recipe.evaluate.own_probes),
         }
     )  # fmt: skip
     is_judged = is_current(out / "evidence", key)
@@ -245,24 +293,29 @@ def _evaluate(recipe: Recipe, out: Path, ui: Ui) -> None:
         ui.say("evidence: up to date")
         _enforce_gates(out)
         return
-    from metier.evaluation.card import write_card
-    from metier.evaluation.evaluate import evaluate
-    from metier.evaluation.report import write_report
-
     if not is_judged:
+        from metier.evaluation.evaluate import evaluate
         from metier.model.specialist import load
 
         specialist = load(out, device=recipe.train.device, say=ui.say)
         evaluate(
             specialist, dataset=out / "dataset", adapter=out / "adapter", config=recipe.evaluate, seed=recipe.seed,
-            out=out / "evidence", key=key, progress=ui.progress,
+            out=out / "evidence", key=key, progress=ui.progress, contenders=contenders,
         )  # fmt: skip
         audit_artifacts(out)
     _store(recipe, out)
+    _report(out)
+    _enforce_gates(out)
+
+
+def _report(out: Path) -> None:
+    """Writes report and card from what the run's folder holds."""
+    from metier.evaluation.card import write_card
+    from metier.evaluation.report import write_report
+
     write_card(out)
     names = [*write_report(out), "MODEL_CARD.md", *(f"{stage}/{MANIFEST}" for stage in STAGES)]
     append_audit(out, "report", files=_digests(out, names))
-    _enforce_gates(out)
 
 
 def _digests(out: Path, names: list[str]) -> dict[str, str]:

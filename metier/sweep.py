@@ -73,7 +73,7 @@ def _key(recipe: Recipe, recipes: dict[str, Recipe], path: Path) -> str:
     swept = {key.partition(".")[2] for key in recipe.sweep.ranges}
     return digest_json(
         {
-            "stage": "sweep", "data": [dataset_key(each, Path(recipe.out) / "dataset") for each in recipes.values()],
+            "stage": "sweep", "data": [dataset_key(each, Path(recipe.out) / "dataset")[0] for each in recipes.values()],
             "base": base_digest(path), "seed": recipe.seed,
             "sweep": recipe.sweep.model_dump(mode="json", exclude={"at_once"}),
             "adapter": recipe.adapter.model_dump(exclude=swept),
@@ -137,8 +137,9 @@ def _datasets(recipes: dict[str, Recipe], out: Path, ui: Ui) -> dict[str, Path]:
     for key, recipe in recipes.items():
         # In the run's folder, where what was forgotten is known.
         folders[key] = out / f".sweep-{digest_json(key)[:8]}.partial"
-        if not is_current(folders[key], dataset_key(recipe, out / "dataset")):
-            prepare(recipe, out=folders[key], progress=ui.say)
+        asked = dataset_key(recipe, out / "dataset")
+        if not is_current(folders[key], asked[0]):
+            prepare(recipe, out=folders[key], progress=ui.say, asked=asked)
     return folders
 
 

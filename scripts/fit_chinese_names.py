@@ -81,7 +81,7 @@ def _candidates(text: str, spans: tuple[tuple[int, int, str], ...]) -> list[tupl
         truth = (start, end) in names
         part = start not in starts and any(i in inside for i in range(start, end)) and not truth
         if not part:
-            out.append((chinese.marks(text, start, size, given, cuts), truth))
+            out.append((list(chinese.marks(text, start, size, given, cuts)), truth))
     return out
 
 

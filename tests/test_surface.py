@@ -17,6 +17,7 @@ PUBLIC_NAMES = ["Recipe", "deidentify", "evaluate", "export", "load", "prepare",
 
 RECIPE_KEYS = """
     base revision out preset seed domain
+    scale.workers scale.ray
     data.sources data.test_sources data.encoding data.header_line data.sheets data.passage_chars
     data.prompt data.answer data.system data.messages data.text data.group_id data.task
     data.val data.test data.canaries
@@ -25,7 +26,7 @@ RECIPE_KEYS = """
     clean.min_chars clean.max_chars clean.languages clean.contradictions
     dedup.exact dedup.near dedup.threshold dedup.benchmarks
     balance.classes balance.limit balance.sources balance.general balance.general_share
-    augment.methods augment.copies
+    augment.methods augment.copies augment.paraphrases
     adapter.rank adapter.alpha adapter.target_modules adapter.dropout adapter.bias adapter.use_rslora
     train.epochs train.max_steps train.micro_batch_size train.grad_accum_steps train.micro_batch_tokens
     train.max_seq_len train.over_length train.train_on train.learning_rate train.min_learning_rate train.warmup_ratio

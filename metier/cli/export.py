@@ -38,7 +38,7 @@ def export(
 
     Example: metier export runs/icd10cm --to gguf --storage q8_0
     """
-    from metier.serving.export import export as export_run
+    from metier import pipeline
 
-    folder = export_run(run, to, out=out, storage=storage or [], targets=for_ or [], say=terminal().say)
+    folder = pipeline.export(run, to, out=out, storage=storage or [], targets=for_ or [], say=terminal().say)
     typer.echo(f"export: {folder}")

@@ -13,7 +13,10 @@ from metier.errors import DataError
 
 @dataclass
 class Accounts:
-    """The rows of `sources` on their way; `pairs` are near-duplicates, by their positions in `records`."""
+    """The rows of `sources` on their way; `pairs` are near-duplicates, by their positions in `records`.
+
+    `forgotten`: the places (file, row) of rows that must not come back.
+    """
 
     sources: list[Source]
     rows: Counter[Source] = field(default_factory=Counter)
@@ -21,6 +24,7 @@ class Accounts:
     rejected: list[Rejection] = field(default_factory=list)
     merged: list[Merged] = field(default_factory=list)
     pairs: list[Pair] = field(default_factory=list)
+    forgotten: set[tuple[str, int]] = field(default_factory=set)
 
     def reject(self, records: list[Record], problem: str) -> None:
         """Takes records out for a reason."""

@@ -10,6 +10,7 @@ method a record gets, and what is drawn, follows from the seed and the record's 
     typo         2 % of the letters, two neighbours exchanged inside of long lower-case words
     width        punctuation in the other width, in Chinese text
     entities     other people, organisations, dates and amounts, in all of the record (entities.py)
+    paraphrase   what the base makes of the prompt, where that is faithful (paraphrase.py)
 
 Limits, on purpose: no method touches negations or, but for `units` and `entities`, numbers. A term or a quantity that
 the answer holds too is left alone, since the question may be about it. Where no method applies, there is no variant.
@@ -20,6 +21,7 @@ from __future__ import annotations
 import dataclasses
 import random
 import re
+from collections.abc import Mapping
 
 from metier.data.entities import swap_entities
 from metier.data.records import Message, Record, language_of
@@ -37,10 +39,22 @@ _HALF, _FULL = ",?!:;()", "，？！：；（）"
 _WIDTH = str.maketrans(_HALF + _FULL, _FULL + _HALF)
 
 
-def augment(train: list[Record], config: AugmentConfig, domain: Domain | None, *, seed: int, task: str) -> list[Record]:
-    """At most `config.copies` variants of each record, in the records' order."""
+def augment(
+    train: list[Record],
+    config: AugmentConfig,
+    domain: Domain | None,
+    *,
+    seed: int,
+    task: str,
+    rewritten: Mapping[int, list[Message]],
+) -> list[Record]:
+    """At most `config.copies` variants of each record, in the records' order.
+
+    `rewritten` are the base model's paraphrases by id of the record: each is its record's first variant.
+    """
     made: list[Record] = []
-    if not config.methods:
+    methods = [method for method in config.methods if method != "paraphrase"]
+    if not methods and not rewritten:
         return made
     is_needed = domain is not None and not {"terms", "typo"}.isdisjoint(config.methods)
     prompts = [record.prompt for record in train]
@@ -50,8 +64,11 @@ def augment(train: list[Record], config: AugmentConfig, domain: Domain | None, *
             continue
         seen = [record.messages]
         for number in range(1, config.copies + 1):
+            if number == 1 and (messages := rewritten.get(id(record))):
+                made.append(variant_of(record, messages, method="paraphrase", number=number))
+                continue
             rng = random.Random(f"{seed}|{record.source.name}|{record.row.number}|{number}")
-            for method in rng.sample(config.methods, len(config.methods)):
+            for method in rng.sample(methods, len(methods)):
                 if method == "entities":
                     key = f"{seed}|{record.group_id or f'{record.source.name}:{record.row.number}'}|{number}".encode()
                     changed = swap_entities(record.messages, domain, is_label=task == "classification", key=key)

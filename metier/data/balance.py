@@ -29,14 +29,14 @@ def left_out(train: list[Record], config: BalanceConfig, *, task: str, seed: int
     by_file = _by(train, lambda record: record.source.name)
     for name, weight in config.sources.items():
         for some in _by(by_file.get(name, []), lambda record: _label(record, task)).values():
-            gone += _shuffled(some, seed)[round(min(1.0, weight) * len(some)) :]
+            gone += shuffled(some, seed)[round(min(1.0, weight) * len(some)) :]
     if config.classes != "undersample" or task != "classification":
         return gone
     dropped = {id(record) for record in gone}
     by_label = _by([record for record in train if id(record) not in dropped], lambda record: record.answer)
     most = config.limit * min(map(len, by_label.values()))
     for some in by_label.values():
-        gone += _shuffled(some, seed)[most:]
+        gone += shuffled(some, seed)[most:]
     return gone
 
 
@@ -50,7 +50,7 @@ def repeated(train: list[Record], config: BalanceConfig, *, task: str, seed: int
         if config.classes == "oversample":
             weight *= largest / of_label[label]
         extra = round((min(weight, config.limit) - 1) * len(some))
-        order = _shuffled(some, seed)
+        order = shuffled(some, seed)
         for number in range(extra):
             record = order[number % len(order)]
             copy = number // len(order) + 1
@@ -61,7 +61,7 @@ def repeated(train: list[Record], config: BalanceConfig, *, task: str, seed: int
 def general_excess(general: list[Record], number: int, config: BalanceConfig, *, seed: int) -> list[Record]:
     """Those general instructions that are more than their share beside `number` training records."""
     wanted = round(number * config.general_share / (1 - config.general_share))
-    return _shuffled(general, seed)[wanted:]
+    return shuffled(general, seed)[wanted:]
 
 
 def class_weights(train: list[Record], config: BalanceConfig, *, task: str) -> dict[str, float]:
@@ -91,7 +91,9 @@ def _by(records: list[Record], key: Callable[[Record], Key]) -> dict[Key, list[R
     return grouped
 
 
-def _shuffled(records: list[Record], seed: int) -> list[Record]:
+def shuffled(records: list[Record], seed: int) -> list[Record]:
+    """In an order that depends on the seed and on each record's place alone."""
+
     def place(record: Record) -> bytes:
         name = f"{seed}|{record.source.name}|{record.row.number}"
         return hashlib.sha256(name.encode()).digest()

@@ -49,7 +49,7 @@ each label has its share of every split as far as the groups allow.
 {counts["merged"]} rows merged into others (`merged.parquet`), {details["near_duplicate_pairs"]} near-duplicate pairs,
 {details["label_conflicts"]} of them with different labels (`conflicts.parquet`).
 {counts["synthetic"]} synthetic records, all in train, each with the record it was made of{_methods(details)}.
-{_domain(details)}
+{_paraphrases(details)}{_weights(details)}{_domain(details)}
 {privacy_section(details["privacy"])}
 ## Sources
 
@@ -127,16 +127,20 @@ def _written(sources: list[dict[str, Any]]) -> str:
 
 def _cleaning(rules: dict[str, dict[str, Any]]) -> str:
     """The rules with what they did, and what they mean."""
-    rows = "".join(f"| {rule} | {_setting(found['setting'])} | {found['records']} |\n" for rule, found in rules.items())
+    rows = "".join(
+        f"| {rule} | {_setting(found['setting'])} | {found['records']} | {_cell(', '.join(found['examples'][:2]))} |\n"
+        for rule, found in rules.items()
+    )
     return f"""Beside that:
 
-| rule | setting | records it changed or found |
-|---|---|---:|
+| rule | setting | records it changed, found or left out | such as (file:row) |
+|---|---|---:|---|
 {rows}
 control: control, zero-width and direction characters are taken out. whitespace: every line end is LF, every odd space a
 space. width: full-width letters, digits, percent signs and full stops are half-width. html: tags and character
 references are taken out. script: Chinese is converted to one script. boilerplate: first and last lines that many
-records share. The rules mojibake and contradictions change no text. Nothing else was changed, cut or translated."""
+records share. The other rules change no text: they find, or leave records out. Nothing else was changed, cut or
+translated."""
 
 
 def _setting(value: Any) -> str:
@@ -180,6 +184,25 @@ def _joined(details: dict[str, Any]) -> str:
 def _methods(details: dict[str, Any]) -> str:
     found = ", ".join(f"{method} {count}" for method, count in details["synthetic_by_method"].items())
     return f": {found}" if found else ""
+
+
+def _paraphrases(details: dict[str, Any]) -> str:
+    found = details.get("paraphrases")
+    if not found or not found["asked"]:
+        return ""
+    refused = ", ".join(f"{reason} {count}" for reason, count in found["refused"].items()) or "none"
+    return (
+        f"The base model was asked to rewrite {found['asked']} prompts, and {found['kept']} of its rewritings were "
+        f"faithful; refused by what differed: {refused}.\n"
+    )
+
+
+def _weights(details: dict[str, Any]) -> str:
+    weights = details.get("class_weights")
+    if not weights:
+        return ""
+    low, high = min(weights.values()), max(weights.values())
+    return f"Training records weigh by their label, from {low:g} to {high:g}; the other splits do not.\n"
 
 
 def _domain(details: dict[str, Any]) -> str:

@@ -22,8 +22,9 @@ EXAMPLES = 5
 BOILERPLATE_RECORDS = 20
 BOILERPLATE_SHARE = 0.1
 BOILERPLATE_CHARS = 15
-# Changed or found by, in the order of the card; the other rules leave records out and are counted there.
-RULES = ("control", "whitespace", "width", "html", "script", "mojibake", "boilerplate", "contradictions")
+# In the order of the card: what changes text, what is found, what leaves records out.
+RULES = ("control", "whitespace", "width", "html", "script", "boilerplate", "mojibake", "contradictions")
+LEFT_OUT_BY = ("min_chars", "max_chars", "languages")
 _SPACES = re.compile(r"\s+")
 
 
@@ -33,29 +34,45 @@ class Cleaned:
 
     records: list[Record]
     rejected: list[Rejection] = field(default_factory=list)
-    found: dict[str, list[str]] = field(default_factory=lambda: {rule: [] for rule in RULES})
+    found: dict[str, list[str]] = field(default_factory=lambda: {rule: [] for rule in (*RULES, *LEFT_OUT_BY)})
 
     def report(self, config: CleanConfig) -> dict[str, dict[str, Any]]:
         """For the manifest: each rule's setting, the number of records and the first of them."""
         return {
-            rule: {"setting": getattr(config, rule), "records": len(places), "examples": places[:EXAMPLES]}
+            rule: {"setting": _setting(getattr(config, rule)), "records": len(places), "examples": places[:EXAMPLES]}
             for rule, places in self.found.items()
         }
 
 
+class _LeftOut(Rejected):
+    """Rejected by a rule of the recipe."""
+
+    def __init__(self, rule: str, problem: str) -> None:
+        super().__init__(problem)
+        self.rule = rule
+
+
 def clean(records: list[Record], config: CleanConfig) -> Cleaned:
     """Every rule but the one on contradictions. Raises `DataError` where a rule needs a package that is not there."""
+    cleaned = clean_part(records, config)
+    find_boilerplate(cleaned, config)
+    return cleaned
+
+
+def clean_part(records: list[Record], config: CleanConfig) -> Cleaned:
+    """The rules that look at one record alone, over any part of the records."""
     cleaned = Cleaned([])
     for record in records:
         try:
             tidy, rules = clean_record(record, config)
         except Rejected as error:
             cleaned.rejected.append(Rejection(record.source, record.row, str(error)))
+            if isinstance(error, _LeftOut):
+                cleaned.found[error.rule].append(_place(record))
             continue
         cleaned.records.append(tidy)
         for rule in rules:
             cleaned.found[rule].append(_place(record))
-    _boilerplate(cleaned, config)
     return cleaned
 
 
@@ -68,6 +85,8 @@ def clean_record(record: Record, config: CleanConfig) -> tuple[Record, set[str]]
         edits = find_edits(content, config)
         rules.update(edit.rule for edit in edits)
         text = apply_edits(content, edits) if edits else content
+        if is_mojibake(text):  # before the script: 錕斤拷 is no sign of anything
+            rules.add("mojibake")
         if config.script != "keep" and (converted := _converter(config.script).convert(text)) != text:
             rules.add("script")
             text = converted
@@ -77,8 +96,6 @@ def clean_record(record: Record, config: CleanConfig) -> tuple[Record, set[str]]
             raise Rejected(f"{'answer' if message is record.messages[-1] else 'prompt'} is empty after cleaning")
         if not config.html and holds_html(text):
             rules.add("html")
-        if is_mojibake(text):
-            rules.add("mojibake")
         messages.append({**message, "content": text})
     prompt = next(m["content"] for m in messages if m["role"] in ("user", "text"))
     tidy = replace(record, messages=messages, prompt=prompt) if rules else record
@@ -109,17 +126,17 @@ def contradictions(records: list[Record], policy: str, cleaned: Cleaned) -> list
 
 def _refuse(record: Record, rules: set[str], config: CleanConfig) -> None:
     if "mojibake" in rules and config.mojibake == "reject":
-        raise Rejected("text that was read in a wrong encoding (mojibake)")
+        raise _LeftOut("mojibake", "text that was read in a wrong encoding (mojibake)")
     if config.min_chars and len(record.prompt) < config.min_chars:
-        raise Rejected(f"shorter than clean.min_chars ({config.min_chars})")
+        raise _LeftOut("min_chars", f"shorter than clean.min_chars ({config.min_chars})")
     if config.max_chars and sum(len(m["content"]) for m in record.messages) > config.max_chars:
-        raise Rejected(f"longer than clean.max_chars ({config.max_chars})")
+        raise _LeftOut("max_chars", f"longer than clean.max_chars ({config.max_chars})")
     if config.languages and (language := language_of(record.messages)) not in config.languages:
-        raise Rejected(f"its language is {language}, not {' or '.join(config.languages)}")
+        raise _LeftOut("languages", f"its language is {language}, not {' or '.join(config.languages)}")
 
 
-def _boilerplate(cleaned: Cleaned, config: CleanConfig) -> None:
-    """First and last lines, in texts of several lines, that many records share."""
+def find_boilerplate(cleaned: Cleaned, config: CleanConfig) -> None:
+    """Counts first and last lines, in texts of several lines, that many records share; `remove` takes them out."""
     counts: Counter[str] = Counter()
     for record in cleaned.records:
         counts.update({line for message in record.messages for line in _ends(message)})
@@ -150,6 +167,13 @@ def _without(message: Message, shared: set[str]) -> str:
         first, _, rest = content.strip().partition("\n")
         content = rest.strip() if first.strip() in shared else content.strip().rpartition("\n")[0].strip()
     return content
+
+
+def _setting(value: Any) -> Any:
+    """As the card shows it: a rule without a value is off."""
+    if isinstance(value, list):
+        value = ", ".join(value)
+    return value or False
 
 
 def _place(record: Record) -> str:

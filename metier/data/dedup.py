@@ -12,7 +12,7 @@ from __future__ import annotations
 import hashlib
 import os
 import unicodedata
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from metier.data.records import Record
@@ -73,14 +73,28 @@ class Comparison:
         return found
 
 
-def find_pairs(records: list[Record], comparison: Comparison, threshold: float, seed: int = 0) -> list[Pair]:
-    """(position, position, similarity) of all pairs found with at least that Jaccard similarity."""
+def find_pairs(
+    records: list[Record],
+    comparison: Comparison,
+    threshold: float,
+    *,
+    seed: int = 0,
+    splits: Sequence[str] | None = None,
+) -> list[Pair]:
+    """(position, position, similarity) of all pairs found with at least that Jaccard similarity.
+
+    `splits`: each record's split; then only pairs that cross splits are looked for.
+    """
+    import numpy as np
+
     from metier.data.minhash import near_duplicates
 
     texts = comparison.texts(records)
     order = sorted(range(len(texts)), key=texts.__getitem__)
     ordered = [texts[i] for i in order]
-    found = near_duplicates(ordered, threshold=threshold, seed=seed, template=comparison.template)
+    number = {name: place for place, name in enumerate(sorted(set(splits or ())))}
+    sides = np.array([number[splits[i]] for i in order]) if splits else None
+    found = near_duplicates(ordered, threshold=threshold, seed=seed, template=comparison.template, sides=sides)
     triples = zip(found.left.tolist(), found.right.tolist(), found.similarity.tolist(), strict=True)
     pairs = ((order[left], order[right], similarity) for left, right, similarity in triples)
     return sorted((min(a, b), max(a, b), similarity) for a, b, similarity in pairs)

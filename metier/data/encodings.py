@@ -35,6 +35,7 @@ PLAUSIBLE = -9.4
 PLAUSIBLE_SHORT = -11.0  # of fewer than 12 characters
 UTF8_PER_CHARACTER = 2.0
 UNDECODABLE = -30.0
+LEAST_CHARACTERS = 3
 
 # By falling frequency in general text, with the words of tables and of the three domains behind them.
 _HAN = (
@@ -154,13 +155,19 @@ def _choose(scores: dict[str, float], texts: dict[str, str], path: Path) -> Enco
             f"`{path}`: its encoding is none of UTF-8, UTF-16, GB18030, Big5 and cp1252, or it is no text",
             hint="name it in the recipe, such as `data: {encoding: shift_jis}`, or export the file as UTF-8",
         )
-    if rival and scores[best] - scores[rival] < MARGIN:
+    if rival and (scores[best] - scores[rival] < MARGIN or _is_too_little(texts[best], texts[rival], {best, rival})):
         names = [Encoding(codec, "likely").label.split(" ")[0] for codec in (best, rival)]
         raise DataError(
             f"`{path}` may be {names[0]} or {names[1]}: it is too short to tell",
             hint=f"name it in the recipe, such as `data: {{encoding: {best}}}`, or export the file as UTF-8",
         )
     return Encoding(best, "likely")
+
+
+def _is_too_little(best: str, rival: str, codecs: set[str]) -> bool:
+    """One or two Chinese characters, however often they stand there, do not tell GB18030 from Big5."""
+    few = len(set(_ABOVE_ASCII.findall(best))) < LEAST_CHARACTERS
+    return few and codecs <= {"gb18030", "cp950", "big5hkscs"} and not _UNDECODABLE.search(rival)
 
 
 def _decode(raw: bytes, codec: str) -> str:

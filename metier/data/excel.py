@@ -101,7 +101,7 @@ def _workbook(packed: Packed, size: int, changed: int) -> python_calamine.Calami
     with open_packed(packed) as file:
         raw = file.read()
     if raw.startswith(b"PK"):
-        with contextlib.suppress(zipfile.BadZipFile), zipfile.ZipFile(io.BytesIO(raw)) as archive:
+        with contextlib.suppress(zipfile.BadZipFile, NotImplementedError), zipfile.ZipFile(io.BytesIO(raw)) as archive:
             unpacked = sum(info.file_size for info in archive.infolist())
             if unpacked > MAX_UNPACKED:
                 raise DataError(f"`{packed.path}` unpacks to {unpacked // 2**20:,} MiB", hint="save its sheets as CSV")

@@ -137,8 +137,9 @@ def late_leaks(
     Among them are synthetic records that became like a held-out one, and what was made of a record that goes.
     """
     once = [i for i, record in enumerate(records) if record.method != "repeat"]
-    pairs = find_pairs([records[i] for i in once], comparison, threshold, seed=seed + 1)
-    gone = {once[i] for i in crossing([splits[i] for i in once], pairs)}
+    of = [splits[i] for i in once]
+    pairs = find_pairs([records[i] for i in once], comparison, threshold, seed=seed + 1, splits=of)
+    gone = {once[i] for i in crossing(of, pairs)}
     held = {(record.prompt, record.answer) for record, split in zip(records, splits, strict=True) if split != "train"}
     gone |= {i for i, record in enumerate(records) if record.parent and (record.prompt, record.answer) in held}
     parents = {id(records[i]) for i in gone}
@@ -187,7 +188,7 @@ def shared_passages(records: list[Record], splits: Sequence[str], comparison: Co
     """How many test records share a passage with a training record."""
     texts = comparison.texts(records)
     test = [text for text, split in zip(texts, splits, strict=True) if split == "test"]
-    train = [text for text, split in zip(texts, splits, strict=True) if split == "train"]
+    train = list(dict.fromkeys(text for text, split in zip(texts, splits, strict=True) if split == "train"))
     if not test or not train:
         return 0
     template = comparison.template

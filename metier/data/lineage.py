@@ -28,7 +28,6 @@ from typing import Any
 import polars
 
 from metier import artifacts
-from metier.data.accounts import Accounts
 from metier.data.card import data_card
 from metier.data.croissant import croissant
 from metier.data.tables import parquet_bytes
@@ -150,8 +149,8 @@ def read_forgotten(out: Path) -> list[dict[str, Any]]:
         ) from None
 
 
-def forget_rows(accounts: Accounts, forgotten: list[dict[str, Any]], digests: dict[str, str]) -> None:
-    """Rejects the forgotten rows. Raises `DataError` when a file changed since, so that its rows cannot be told."""
+def forgotten_places(forgotten: list[dict[str, Any]], digests: dict[str, str]) -> set[tuple[str, int]]:
+    """(file, row) of the forgotten rows. Raises `DataError` when a file changed since: its rows cannot be told."""
     for row in forgotten:
         if digests.get(row["source_file"], row["sha256"]) != row["sha256"]:
             raise DataError(
@@ -160,8 +159,7 @@ def forget_rows(accounts: Accounts, forgotten: list[dict[str, Any]], digests: di
                 hint=f"take the person out of the new file, and the file's rows out of {FORGOTTEN}; or put "
                 "the old file back",
             )
-    places = {(row["source_file"], row["source_row"]) for row in forgotten}
-    accounts.reject([r for r in accounts.records if (r.source.name, r.row.number) in places], REASON)
+    return {(row["source_file"], row["source_row"]) for row in forgotten}
 
 
 def _write_without(run: Path, manifest: dict[str, Any], found: Trace) -> None:

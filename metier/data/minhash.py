@@ -40,11 +40,17 @@ class Pairs:
 
 
 def near_duplicates(
-    texts: Sequence[str], *, threshold: float, seed: int = 0, template: Template | None = None
+    texts: Sequence[str],
+    *,
+    threshold: float,
+    seed: int = 0,
+    template: Template | None = None,
+    sides: NDArray[np.int64] | None = None,
 ) -> Pairs:
     """All pairs found whose shingles have a Jaccard similarity of at least `threshold`.
 
-    `template` is what is left out of the comparison; absent, what many of the texts share.
+    `template` is what is left out of the comparison; absent, what many of the texts share. `sides`: [n], a number for
+    each text; then only pairs whose numbers differ are looked for.
     """
     template = template or Template(texts)
     signatures = np.full((len(texts), HASHES * BINS), _EMPTY, dtype=np.uint32)
@@ -55,6 +61,9 @@ def near_duplicates(
     useful = np.flatnonzero(counts >= MIN_SHINGLES)
     _fill_empty(signatures, useful)
     left, right = _candidates(signatures, useful)
+    if sides is not None:
+        apart = sides[left] != sides[right]
+        left, right = left[apart], right[apart]
     left, right = _agreeing(signatures, left, right, 2 / 3 * threshold)
     return _verified(texts, template, left, right, threshold)
 

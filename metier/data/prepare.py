@@ -9,12 +9,10 @@ Limits: the kept records are held in memory once.
 
 from __future__ import annotations
 
-import dataclasses
 import shutil
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -26,17 +24,20 @@ from metier.data.augment import augment
 from metier.data.balance import LEFT_OUT, NOT_NEEDED, class_weights, general_excess, left_out, repeated
 from metier.data.canaries import canaries_table, plant
 from metier.data.card import data_card
-from metier.data.clean import clean, contradictions
+from metier.data.clean import contradictions
 from metier.data.croissant import croissant
 from metier.data.dedup import Comparison, find_pairs, join_groups, merge_exact, merge_near
-from metier.data.deidentify.records import Privacy, open_privacy, policy_key, review_lines
+from metier.data.deidentify.records import open_privacy, policy_key, review_lines
 from metier.data.leakage import benchmark_leaks, certify, test_leaks
-from metier.data.lineage import forget_rows, read_forgotten
+from metier.data.lineage import forgotten_places, read_forgotten
 from metier.data.lines import Source
+from metier.data.paraphrase import ask_base, base_key
+from metier.data.partitions import Workers
 from metier.data.proposals import propose
-from metier.data.records import Record, Rejected, Rejection, build_record
-from metier.data.roles import Roles, find_roles
-from metier.data.sources import describe_source, find_sources, read_columns, read_rows
+from metier.data.read_records import GENERAL, find_files, read_records
+from metier.data.records import Record
+from metier.data.roles import Roles
+from metier.data.sources import describe_source
 from metier.data.split import split_groups
 from metier.data.tables import (
     conflicts_table,
@@ -55,34 +56,41 @@ MAX_LABELS = 256
 MAX_LABEL_CHARS = 100
 MIN_RECORDS_PER_LABEL = 5
 MIN_RECORDS_OF_ONE_CLASS = 20
-GENERAL = "general"
 # The sections of the recipe that this stage owns: a change in one of them makes the data set anew.
 OWNED = {"seed", "domain", "data", "clean", "privacy", "dedup", "balance", "augment"}
 
 
-def dataset_key(recipe: Recipe, out: Path) -> str:
-    """What `prepare` is asked for, with the digests of the source files. Raises `DataError` for a missing source."""
-    digests = {source.name: artifacts.digest_file(source.path) for source in _files(recipe).every}
-    return _key(recipe, digests, read_forgotten(out))
+def dataset_key(recipe: Recipe, out: Path) -> tuple[str, dict[str, str]]:
+    """What `prepare` is asked for, and the digests of the source files in it. Raises `DataError` for a missing one."""
+    of_path: dict[Path, str] = {}  # an archive is digested once, not once a member
+    digests = {}
+    for source in find_files(recipe).every:
+        if source.path not in of_path:
+            of_path[source.path] = artifacts.digest_file(source.path)
+        digests[source.name] = of_path[source.path]
+    return _key(recipe, digests, read_forgotten(out)), digests
 
 
-def prepare(recipe: Recipe, *, out: Path, progress: Callable[[str], None]) -> dict[str, Any]:
-    """Reads the sources and completes the artifact `out`; returns its manifest.
+def prepare(
+    recipe: Recipe,
+    *,
+    out: Path,
+    progress: Callable[[str], None],
+    asked: tuple[str, dict[str, str]] | None = None,
+) -> dict[str, Any]:
+    """Reads the sources and completes the artifact `out`; returns its manifest. `asked` is `dataset_key`, if known.
 
     Raises `DataError` when a source or the records as a whole cannot be used, `RunError` when `out` cannot be
     written; an earlier data set in `out` is then as it was.
     """
     started, seed, details = time.time(), recipe.seed, dict[str, Any]()
-    files, forgotten = _files(recipe), read_forgotten(out)
-    digests = {source.name: artifacts.digest_file(source.path) for source in files.every}
-    key = _key(recipe, digests, forgotten)
+    key, digests = asked or dataset_key(recipe, out)
+    files, forgotten = find_files(recipe), forgotten_places(read_forgotten(out), digests)
     privacy = open_privacy(recipe.privacy, domain_policy=_domain_policy(recipe), seed=seed)
-    accounts = Accounts([*files.sources, *files.general])
-    roles = _read_all(accounts, files, recipe.data, privacy=privacy, progress=progress)
-    forget_rows(accounts, forgotten, digests)
-    cleaned = clean(accounts.records, recipe.clean)
-    accounts.records, accounts.rejected = cleaned.records, accounts.rejected + cleaned.rejected
-    accounts.records, details["privacy"], review = privacy.rewrite_records(accounts.records, progress)
+    accounts = Accounts([*files.sources, *files.general], forgotten=forgotten)
+    with Workers(recipe.scale) as workers:
+        roles, cleaned = read_records(accounts, files, recipe, privacy=privacy, workers=workers, progress=progress)
+        accounts.records, details["privacy"], review = privacy.rewrite_records(accounts.records, workers, progress)
     accounts.refuse_too_few()
     task = _task(recipe.data, [record for record in accounts.records if record.method is None])
     if task == "classification":
@@ -92,7 +100,7 @@ def prepare(recipe: Recipe, *, out: Path, progress: Callable[[str], None]) -> di
     comparison, benchmarks = _deduplicate(accounts, files.benchmarks, recipe.dedup, task)
     accounts.refuse_too_few()
     splits = _split(recipe.data, accounts, task, seed)
-    made = _balance_and_augment(accounts, splits, recipe, task)
+    made, details["paraphrases"] = _balance_and_augment(accounts, splits, recipe, task, progress)
     progress("checking what the splits share")
     details["leakage"] = certify(accounts, splits, made, comparison, config=recipe.dedup, seed=seed)
     details["leakage"]["benchmarks"] = benchmarks
@@ -129,54 +137,12 @@ def prepare(recipe: Recipe, *, out: Path, progress: Callable[[str], None]) -> di
         raise
 
 
-@dataclass(frozen=True, slots=True)
-class _Files:
-    """The files that a recipe names, by what they are for; `every` has them all, in a fixed order."""
-
-    sources: list[Source]
-    general: list[Source]
-    benchmarks: list[Source]
-
-    @property
-    def every(self) -> list[Source]:
-        return [*self.sources, *self.general, *self.benchmarks]
-
-
-def _files(recipe: Recipe) -> _Files:
-    found = {"general": recipe.balance.general, "benchmarks": recipe.dedup.benchmarks}
-    others = {
-        folder: [
-            dataclasses.replace(source, name=f"{folder}/{source.name}")
-            for source in (find_sources(DataConfig(sources=names)) if names else [])
-        ]
-        for folder, names in found.items()
-    }
-    return _Files(find_sources(recipe.data), **others)
-
-
 def _key(recipe: Recipe, digests: dict[str, str], forgotten: list[dict[str, Any]]) -> str:
     asked: dict[str, Any] = {"stage": "dataset", "recipe": recipe.model_dump(include=OWNED), "sources": digests}
     asked |= {"domain": load_domain(recipe.domain).model_dump()} if recipe.domain else {}
     asked |= policy_key(recipe.privacy, _domain_policy(recipe))
-    asked |= {"forgotten": forgotten} if forgotten else {}
+    asked |= ({"forgotten": forgotten} if forgotten else {}) | base_key(recipe)
     return artifacts.digest_json(asked)
-
-
-def _roles(config: DataConfig, columns: dict[Source, list[str]]) -> dict[Source, Roles]:
-    roles = {source: find_roles(config, names, source.path) for source, names in columns.items()}
-    first = next(iter(roles))
-    for source, found in roles.items():
-        if found.required != roles[first].required:
-            raise DataError(
-                f"`{first.path}` and `{source.path}` do not hold the same kind of records: "
-                f"{_spelled(roles[first])} in the one, {_spelled(found)} in the other",
-                hint="name the roles in the recipe, give the files the same columns, or train on them in two runs",
-            )
-    return roles
-
-
-def _spelled(roles: Roles) -> str:
-    return ", ".join(f"{role} `{column}`" for role, column in roles.describe().items() if role != "how")
 
 
 def _describe(roles: dict[Source, Roles]) -> dict[str, str]:
@@ -186,41 +152,6 @@ def _describe(roles: dict[Source, Roles]) -> dict[str, str]:
 
 def _domain_policy(recipe: Recipe) -> str | None:
     return load_domain(recipe.domain).privacy_policy if recipe.domain else None
-
-
-def _read(source: Source, roles: Roles, privacy: Privacy) -> Iterator[Record | Rejection]:
-    for row in map(privacy.rewrite_row, read_rows(source)):
-        if row.problem:
-            yield Rejection(source, row, row.problem)
-            continue
-        try:
-            yield build_record(source, row, roles)
-        except Rejected as error:
-            yield Rejection(source, row, str(error))
-
-
-def _read_all(
-    accounts: Accounts, files: _Files, config: DataConfig, *, privacy: Privacy, progress: Callable[[str], None]
-) -> dict[Source, Roles]:
-    """Fills `accounts` with records and rejected rows; returns the roles of the recipe's own sources."""
-    columns = {source: read_columns(source) for source in files.sources}
-    roles = _roles(config, columns)
-    privacy.check_columns([name for names in columns.values() for name in names])
-    every = dict(roles)
-    for source in files.general:
-        every[source] = find_roles(DataConfig(sources=config.sources), read_columns(source), source.path)
-    for position, source in enumerate(accounts.sources, start=1):
-        progress(f"reading {source.name} ({position} of {len(accounts.sources)})")
-        for item in _read(source, every[source], privacy):
-            accounts.rows[source] += 1
-            if isinstance(item, Rejection):
-                accounts.rejected.append(item)
-            else:
-                is_general = source in files.general
-                accounts.records.append(dataclasses.replace(item, method=GENERAL) if is_general else item)
-            if accounts.rows[source] % 100_000 == 0:
-                progress(f"reading {source.name}: {accounts.rows[source]:,} rows")
-    return roles
 
 
 def _deduplicate(
@@ -262,19 +193,24 @@ def _split(config: DataConfig, accounts: Accounts, task: str, seed: int) -> dict
     return {id(r): "test" if r.source.is_test else found.get(id(r), "train") for r in accounts.records}
 
 
-def _balance_and_augment(accounts: Accounts, splits: dict[int, str], recipe: Recipe, task: str) -> list[Record]:
-    """The synthetic records, all of them for training; what balance leaves out is rejected."""
+def _balance_and_augment(
+    accounts: Accounts, splits: dict[int, str], recipe: Recipe, task: str, progress: Callable[[str], None]
+) -> tuple[list[Record], dict[str, Any]]:
+    """The synthetic records, all of them for training, and what the base was asked for; what balance leaves out is
+    rejected.
+    """
     seed, domain = recipe.seed, load_domain(recipe.domain) if recipe.domain else None
 
     left = left_out(_train(accounts.records, splits), recipe.balance, task=task, seed=seed)
     accounts.reject(left, LEFT_OUT)
     train = _train(accounts.records, splits)
-    made = augment(train, recipe.augment, domain, seed=seed, task=task)
+    asked = ask_base(train, recipe, domain, progress)
+    made = augment(train, recipe.augment, domain, seed=seed, task=task, rewritten=asked.messages)
     made += repeated(train, recipe.balance, task=task, seed=seed)
     general = [record for record in accounts.records if record.method == GENERAL]
     accounts.reject(general_excess(general, len(train) + len(made), recipe.balance, seed=seed), NOT_NEEDED)
     splits.update((id(record), "train") for record in made)
-    return made
+    return made, asked.report()
 
 
 def _train(records: list[Record], splits: dict[int, str]) -> list[Record]:

@@ -184,6 +184,8 @@ def language_of(messages: list[Message]) -> str:
     Kana, Hangul, Cyrillic, Arabic and the like make it `other` from 3 letters in 13 (Han and Latin: 10) on.
     """
     text = "\n".join(m["content"] for m in messages if m["role"] != "system")
+    if text.isascii():
+        return "en" if _LATIN.search(text) else "other"
     han = sum(map(len, _HAN.findall(text)))
     latin = sum(map(len, _LATIN.findall(text)))
     letters = sum(map(len, _LETTERS.findall(text)))

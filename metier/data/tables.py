@@ -57,17 +57,22 @@ def records_table(
     records: list[Record], splits: list[str], task: str, weights: dict[str, float] | None = None
 ) -> polars.DataFrame:
     """The rows of records.parquet; `splits` holds each record's split, `weights` a label's weight in training."""
+    ids = {id(record): record_id(record) for record in records}
+    language: dict[int, str] = {}  # repeats share their messages
+    for record in records:
+        if id(record.messages) not in language:
+            language[id(record.messages)] = language_of(record.messages)
     table = polars.DataFrame(
         {
-            "record_id": [record_id(record) for record in records],
+            "record_id": list(ids.values()),
             "split": splits,
             "group_id": [record.group_id for record in records],
             "messages": _messages(records),
             "label": [r.answer if task == "classification" and r.method != "general" else None for r in records],
-            "language": [language_of(record.messages) for record in records],
+            "language": [language[id(record.messages)] for record in records],
             "source_file": [record.source.name for record in records],
             "source_row": [record.row.number for record in records],
-            "parent_id": [record_id(record.parent) if record.parent else None for record in records],
+            "parent_id": [(ids.get(id(r.parent)) or record_id(r.parent)) if r.parent else None for r in records],
             "method": [record.method for record in records],
             "weight": None,
         },

@@ -97,8 +97,8 @@ def load_domain(name: str) -> Domain:
     except OSError as error:
         raise RecipeError(f"`domain`: `{path}` cannot be read: {error.strerror}") from None
     except (UnicodeDecodeError, yaml.YAMLError, RecursionError):
-        raise RecipeError(f"`domain`: `{path}` is no YAML in UTF-8", hint="metier/domains/ holds three packs") from None
+        raise RecipeError(f"`domain`: `{path}` is no YAML in UTF-8", hint="metier/domains/ holds examples") from None
     except ValidationError as error:
         first = error.errors()[0]
         place = ".".join(map(str, first["loc"])) or "the file"
-        raise RecipeError(f"`{path}`: `{place}`: {first['msg']}", hint="metier/domains/ holds three packs") from None
+        raise RecipeError(f"`{path}`: `{place}`: {first['msg']}", hint="metier/domains/ holds examples") from None

@@ -156,6 +156,18 @@ def ask(
     return sides, [gathered["few_shot"][i] for i in order] if questions.few_shot else None
 
 
+def ask_alone(
+    specialist: Specialist, items: list[Item], questions: Questions, side: str, *, cache: AnswerCache,
+    progress: Progress,
+) -> Answers:  # fmt: skip
+    """What another model answers to the same; `side` says which, and is any name but base and adapter."""
+    gathered: dict[int, Any] = {}
+    for places in _chunks([len(i.prompt_text) + len(i.reference) for i in items]):
+        gathered |= zip(places, _ask_chunk(specialist, [items[p] for p in places], questions, side, cache), strict=True)
+        progress(f"answers of {side.split()[0]}", len(gathered), len(items))
+    return _answers(side.split()[0], [gathered[i] for i in range(len(items))], questions)
+
+
 def ask_records(
     specialist: Specialist, conversations: Sequence[list[Message]], *, cache: AnswerCache, progress: Progress, what: str
 ) -> dict[str, list[list[float]]]:
@@ -178,7 +190,7 @@ def complete(
 
     def answer() -> list[tuple[str, bool]]:
         found = specialist.complete(
-            prompts, use_adapter=side == "adapter", max_new_tokens=max_new_tokens, batch_size=BATCH
+            prompts, use_adapter=side != "base", max_new_tokens=max_new_tokens, batch_size=BATCH
         )
         return [(c.text, c.stopped) for c in found]
 
@@ -187,7 +199,7 @@ def complete(
 
 def _score(specialist: Specialist, chunk: Sequence[Sequence[Message]], side: str, cache: AnswerCache) -> Any:
     def answer() -> list[list[float]]:
-        scores = specialist.score_records(chunk, use_adapter=side == "adapter")
+        scores = specialist.score_records(chunk, use_adapter=side != "base")
         return [[s.nll, s.num_tokens, s.num_bytes] for s in scores]
 
     return cache.get(["score", side, list(chunk)], answer)
@@ -197,7 +209,7 @@ def _choose(
     specialist: Specialist, prompts: list[list[Message]], labels: list[str], side: str, cache: AnswerCache
 ) -> Any:
     def answer() -> Any:
-        return specialist.score_choices(prompts, labels, use_adapter=side == "adapter").tolist()
+        return specialist.score_choices(prompts, labels, use_adapter=side != "base").tolist()
 
     return cache.get(["choose", side, labels, prompts], answer)
 

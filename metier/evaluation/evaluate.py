@@ -5,13 +5,15 @@ evidence.json (verdict, metrics, controls, slices, costs, limits), items.parquet
 record) and probes.parquet (every answer to what else was asked). Both models answer the same; what is
 compared is paired (compare.py). A killed evaluation goes on where it was.
 
-The same inputs give the same bytes: no times are written here, and floats are rounded to 12 digits.
+The same inputs give the same bytes: no times of this stage are written here, and floats are rounded to 12 digits.
 """
 
 from __future__ import annotations
 
 import contextlib
 import time
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -27,9 +29,12 @@ from metier.evaluation.ask import (
     leave_out,
     longest_answer,
 )
+from metier.evaluation.contenders import Contender, ask_contenders, num_seen
+from metier.evaluation.extraction import ask_removed, read_removed
 from metier.evaluation.items import Item, choose_items, draw, items_table, read_items
 from metier.evaluation.judge import CANDIDATES, Asked, judge
-from metier.evaluation.probes import ask_probes
+from metier.evaluation.own_probes import COPY, read_own
+from metier.evaluation.probes import ask_probes, load_probes
 from metier.evaluation.tasks import CHOOSING, choose_tasks
 from metier.recipe import EvaluateConfig
 
@@ -42,10 +47,11 @@ ANSWERS = "checkpoints/answers.jsonl"
 
 def evaluate(
     specialist: Specialist, *, dataset: Path, adapter: Path, config: EvaluateConfig, seed: int, out: Path, key: str,
-    progress: Progress,
+    progress: Progress, contenders: Sequence[Contender] = (),
 ) -> dict[str, Any]:  # fmt: skip
     """Compares base and adapter on the test split and writes the artifact `out`; returns its manifest.
 
+    `contenders` are other models to ask the same: the full fine-tuning, an earlier adapter.
     `progress(what, done, total)` is called as the work goes on. Raises `RunError` when a parent artifact
     is missing or the disk is full, `DataError` without test records, `RecipeError` for a task or a gate that
     the dataset cannot be asked and `ModelError` when a model gives no finite likelihoods.
@@ -53,6 +59,8 @@ def evaluate(
     started = time.time()
     data, training = _manifest(dataset, "dataset"), _manifest(adapter, "adapter")
     _refuse_gates_without_measure(config, dataset)
+    own = read_own(Path(config.own_probes)) if config.own_probes else []
+    removed = read_removed(dataset, needed="extracted" in config.gates)
     chosen = choose_items(read_items(dataset, "test"), max_items=config.max_items, seed=seed)
     train = read_items(dataset, "train")
     tasks = choose_tasks(config, data, chosen)
@@ -73,22 +81,33 @@ def evaluate(
     _carry_answers(out, work, training["digest"])
     cache = AnswerCache(work / ANSWERS, model=[str(specialist.base.device), str(specialist.base.dtype)])
     sides, few_shot = ask(specialist, items, questions, cache=cache, progress=progress)
-    _write(work / "items.parquet", items_table(items, sides, few_shot))
-    rows = ask_probes(specialist, cache, progress) if config.forgetting else []
+    rows = ask_probes(specialist, [*(load_probes() if config.forgetting else []), *own], cache, progress)
     rows += _members(specialist, draw(train, config.memorisation_items, seed), cache, progress)
     rows += _canaries(specialist, dataset, progress)
+    if removed:
+        touched = [i for i in train if i.record_id in removed.by_record]
+        rows += ask_removed(specialist, draw(touched, config.memorisation_items, seed), removed, cache, progress)
+    others = ask_contenders(contenders, items, replace(questions, few_shot=[]), cache, progress)
+    _write(work / "items.parquet", items_table(items, sides | others, few_shot))
+    if own:
+        with artifacts.disk_errors(work):
+            artifacts.write_atomic(work / COPY, Path(str(config.own_probes)).read_bytes())
     _write(work / "probes.parquet", probes_table(rows))
     progress("intervals", 0, 1)
     table, probes = read_tables(work)
+    seen = {one.name: num_seen(one, items) for one in contenders if one.name == "earlier"}
     evidence = judge(
-        dataset=dataset, data=data, training=training, table=table, probes=probes,
-        asked=Asked(tasks, max_new_tokens, left_out, sum(m["role"] == "user" for m in turns)), config=config, seed=seed,
+        dataset=dataset, data=data, training=training, table=table, probes=probes, own=own,
+        full=next((one.manifest for one in contenders if one.name == "full"), None),
+        asked=Asked(tasks, max_new_tokens, left_out, sum(m["role"] == "user" for m in turns), seen), config=config,
+        seed=seed,
     )  # fmt: skip
     artifacts.write_json(work / "evidence.json", evidence)
     progress("intervals", 1, 1)
     return artifacts.complete(
         work, out, kind="evidence", key=key, config=config.model_dump(mode="json"),
-        parents={"dataset": data["digest"], "adapter": training["digest"]}, started=started,
+        parents={"dataset": data["digest"], "adapter": training["digest"], **{c.name: c.digest for c in contenders}},
+        started=started,
         details={"seed": seed, "n": len(items), "verdict": evidence["verdict"]},
     )  # fmt: skip
 
@@ -102,6 +121,7 @@ def probes_table(rows: list[dict[str, Any]]) -> Any:
     for side in ("base", "adapter"):
         schema |= {f"{side}_nll": pl.Float64, f"{side}_rank": pl.Int64}
         schema |= {f"{side}_completion": pl.String, f"{side}_stopped": pl.Boolean}
+        schema |= {f"{side}_found": pl.List(pl.String)}
     return pl.DataFrame([{name: row.get(name) for name in schema} for row in rows], schema=schema)
 
 
@@ -161,6 +181,8 @@ def _refuse_gates_without_measure(config: EvaluateConfig, dataset: Path) -> None
         )
     if "membership_auc" in config.gates and not config.memorisation_items:
         raise RecipeError("`evaluate.gates` limits membership_auc, and `evaluate.memorisation_items` is 0")
+    if "extracted" in config.gates and not config.memorisation_items:
+        raise RecipeError("`evaluate.gates` limits extracted, and `evaluate.memorisation_items` is 0")
     if "forgetting" in config.gates and not config.forgetting:
         raise RecipeError("`evaluate.gates` limits forgetting, and `evaluate.forgetting` is false")
 

@@ -8,7 +8,7 @@ The same inputs give the same value: no times, floats rounded to 12 digits.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,8 @@ import numpy as np
 from metier.evaluation import behaviour, controls, memorisation, metrics, texts
 from metier.evaluation.calibration import calibration
 from metier.evaluation.compare import Design, compare
+from metier.evaluation.contenders import beside_full
+from metier.evaluation.extraction import extraction
 from metier.evaluation.items import Answers, Item, read_answers, read_items
 from metier.evaluation.metrics import Metric
 from metier.evaluation.probes import forgetting
@@ -25,6 +27,8 @@ from metier.evaluation.tasks import build_metrics, equal, primary_metric
 from metier.recipe import EvaluateConfig
 
 COST = ("trainable_parameters", "num_train_tokens", "num_train_records", "steps")
+SCHEMA = 2
+OTHERS = ("full", "earlier")  # models beside base and adapter, as items.parquet has them
 CANDIDATES = 1000  # of a canary's secret
 
 
@@ -36,19 +40,23 @@ class Asked:
     max_new_tokens: int
     left_out: dict[str, str]
     few_shot: int
+    # By contender: how many of the test records stand in its training; None where nobody knows.
+    seen: dict[str, int | None] = field(default_factory=dict)
 
     @classmethod
     def of(cls, evidence: dict[str, Any]) -> Asked:
         """As it stands in the evidence."""
         decoding = evidence["decoding"]
-        return cls(evidence["tasks"], decoding["max_new_tokens"], evidence["left_out"], evidence["few_shot"])
+        seen = evidence.get("contenders_seen", {})
+        return cls(evidence["tasks"], decoding["max_new_tokens"], evidence["left_out"], evidence["few_shot"], seen)
 
 
 def judge(
     *, dataset: Path, data: dict[str, Any], training: dict[str, Any], table: Any, probes: list[dict[str, Any]],
-    asked: Asked, config: EvaluateConfig, seed: int,
+    asked: Asked, config: EvaluateConfig, seed: int, own: list[dict[str, Any]], full: dict[str, Any] | None,
 ) -> dict[str, Any]:  # fmt: skip
-    """The evidence. `data` and `training` are the parents' manifests, `table` is items.parquet."""
+    """The evidence. `data`, `training` and `full` are the parents' manifests, `table` is items.parquet, `own` are the
+    house's own probes."""
     test = {i.record_id: i for i in read_items(dataset, "test")}
     train, val = read_items(dataset, "train"), read_items(dataset, "val")
     items = [test[record_id] for record_id in table["record_id"]]
@@ -61,19 +69,24 @@ def judge(
     primary = primary_metric(items, asked.tasks)
     main = next(m for m in measured if m.name == primary)
     found = memorisation.repeats_in_train(items, train)
-    few_shot = None if not asked.few_shot else table["few_shot_answer"].to_list()
+    others: dict[str, Answers | list[str]] = {n: read_answers(table, n) for n in OTHERS if f"{n}_nll" in table.columns}
+    if asked.few_shot:
+        others["few_shot"] = table["few_shot_answer"].to_list()
     cut = {side: _num_cut(answers) for side, answers in (("base", base), ("adapter", adapter))}
     evidence: dict[str, Any] = {
-        "schema": 1,
+        "schema": SCHEMA,
         "verdict": {"statement": "", "outcome": results[primary]["outcome"], "primary_metric": primary},
         "metrics": results,
-        "controls": _controls(train, val, items, adapter, few_shot, main=main, design=design, asked=asked),
+        "controls": _controls(train, val, items, adapter, others, main=main, design=design, asked=asked),
         "slices": slices(main, items, design),
         "calibration": _calibration(items, {"base": base, "adapter": adapter}, labels, seed),
         "behaviour": _behaviour(items, base, adapter, groups, design),
-        "forgetting": forgetting(probes, design),
+        "forgetting": forgetting(probes, own, design),
         "memorisation": _memorisation(items, train, (base, adapter), probes, seed=seed, found=found),
         "without_repeats": _without_repeats(main, items, set(found["near"]), design),
+        "full": None,
+        "contenders_seen": asked.seen,
+        "identifiers_removed": sum(r["count"] for r in (data.get("privacy") or {}).get("replaced", {}).values()),
         "cost": _cost(training),
         "limits": [],
         "tasks": asked.tasks,
@@ -91,6 +104,9 @@ def judge(
         "num_test_prompts_near_train": len(found["near"]),
         "labels_not_in_train": sorted({i.label for i in items if i.label} - {i.label for i in train}),
     }  # fmt: skip
+    if full is not None:
+        beside = build_metrics(items, read_answers(table, "full"), adapter, asked=asked.tasks, labels=labels)
+        evidence["full"] = beside_full(beside, groups, design, full=full, training=training)
     if "sweep" in training:
         evidence["sweep"] = training["sweep"]
     evidence["gates"] = gates(evidence, config)
@@ -105,11 +121,13 @@ def gates(evidence: dict[str, Any], config: EvaluateConfig) -> list[dict[str, An
     """[{name, value, limit, passed}] of the recipe's `evaluate.gates`; what was not measured does not pass."""
     memory, probes = evidence["memorisation"], evidence["forgetting"]
     planted = [level["bits"] for times, level in memory["canaries"].items() if times != "0"]
-    texts_rise = [r["delta"] / r["base"] for n, r in probes.items() if n.startswith("general_text") and r["base"]]
-    lines = [r["adapter"] for r in (evidence["behaviour"].get("red_line_share"), probes.get("tempted")) if r]
+    texts_rise = [r["delta"] / r["base"] for n, r in probes.items() if r["kind"] == "text" and r["base"]]
+    lines = [r["adapter"] for r in (evidence["behaviour"].get("red_line_share"), *probes.values())
+             if r and r.get("kind", "red_line") == "red_line"]  # fmt: skip
     values = {
         "exposure_bits": max(planted, default=None),
         "membership_auc": memory["membership"]["auc"] if memory["membership"] else None,
+        "extracted": memory["extraction"]["adapter_only"] if memory["extraction"] else None,
         "forgetting": max(texts_rise, default=None),
         "red_lines": max(lines, default=None),
     }
@@ -133,20 +151,20 @@ def _within(value: float | None, limit: float) -> bool:
 
 
 def _controls(
-    train: list[Item], val: list[Item], items: list[Item], adapter: Answers, few_shot: list[str] | None, *,
+    train: list[Item], val: list[Item], items: list[Item], adapter: Answers, others: dict[str, Answers | list[str]], *,
     main: Metric, design: Design, asked: Asked,
 ) -> dict[str, Any]:  # fmt: skip
-    """How far simpler means do on the verdict's metric, and by how much the adapter is better."""
-    found: dict[str, Any] = {}
+    """How far other means do on the verdict's metric, and by how much the adapter is better.
+
+    `others` are the answers of other models; of the base after examples, its labels or completions alone.
+    """
     groups = [i.group for i in items]
     if adapter.labels is None:
-        if few_shot is not None:
-            name = main.name
-            with_examples = Answers(
-                adapter.nll, adapter.num_tokens, adapter.num_bytes, None, None, few_shot, adapter.stopped
-            )
-            measured = build_metrics(items, with_examples, adapter, asked=asked.tasks, labels=[])
-            found["few_shot"] = _control(next(m for m in measured if m.name == name), groups, design)
+        found = {}
+        for name, answers in others.items():
+            side = replace(adapter, completions=answers) if isinstance(answers, list) else answers
+            measured = build_metrics(items, side, adapter, asked=asked.tasks, labels=[])
+            found[name] = _control(next(m for m in measured if m.name == main.name), groups, design)
         return found
     examples = [(i.prompt_text, i.label) for i in train if i.label is not None]
     held_out = [(i.prompt_text, i.label) for i in val if i.label is not None]
@@ -155,8 +173,9 @@ def _controls(
     if examples:
         predictions["majority_class"] = controls.majority_class(examples, prompts)
         predictions["naive_bayes"] = controls.naive_bayes(examples, held_out, prompts)
-    if few_shot is not None:
-        predictions["few_shot"] = few_shot
+    for name, answers in others.items():
+        predictions[name] = answers if isinstance(answers, list) else answers.labels or []
+    found = {}
     for name, predicted in predictions.items():
         accuracy = metrics.proportion("accuracy", equal(predicted, truth), equal(adapter.labels, truth))
         found[name] = {
@@ -199,7 +218,8 @@ def _memorisation(
 ) -> dict[str, Any]:  # fmt: skip
     members = [row for row in probes if row["kind"] == "member"]
     canaries = [row for row in probes if row["kind"] == "canary"]
-    result: dict[str, Any] = {"membership": None, "canaries": {}, "test_in_train": found}
+    result: dict[str, Any] = {"membership": None, "canaries": {}, "test_in_train": found,
+                              "extraction": extraction(probes)}  # fmt: skip
     if members:
         group = {i.record_id: i.group for i in train}
         groups = [group[row["probe_id"]] for row in members], [i.group for i in items]

@@ -48,17 +48,20 @@ def load_probes() -> list[dict[str, Any]]:
     return found
 
 
-def ask_probes(specialist: Specialist, cache: AnswerCache, progress: Progress) -> list[Row]:
-    """The rows of the built-in probes: a passage, an option or an answered question each."""
+def ask_probes(
+    specialist: Specialist, probes: list[dict[str, Any]], cache: AnswerCache, progress: Progress
+) -> list[Row]:
+    """The rows of the probes, built-in or a house's own: a passage, an option or an answered question each."""
     return [
-        *_passages(specialist, cache, progress),
-        *_options(specialist, cache, progress),
-        *_answered(specialist, cache, progress),
+        *_passages(specialist, [p for p in probes if p["kind"] == "text"], cache, progress),
+        *_options(specialist, [p for p in probes if p["kind"] == "choice"], cache, progress),
+        *_answered(specialist, [p for p in probes if p["kind"] in ANSWERED], cache, progress),
     ]
 
 
-def _passages(specialist: Specialist, cache: AnswerCache, progress: Progress) -> list[Row]:
-    probes = [p for p in load_probes() if p["kind"] == "text"]
+def _passages(
+    specialist: Specialist, probes: list[dict[str, Any]], cache: AnswerCache, progress: Progress
+) -> list[Row]:
     texts = [[{"role": "text", "content": p["text"]}] for p in probes]
     scores = ask_records(specialist, texts, cache=cache, progress=progress, what="general text")
     return [
@@ -70,11 +73,11 @@ def _passages(specialist: Specialist, cache: AnswerCache, progress: Progress) ->
     ]  # fmt: skip
 
 
-def _options(specialist: Specialist, cache: AnswerCache, progress: Progress) -> list[Row]:
+def _options(specialist: Specialist, probes: list[dict[str, Any]], cache: AnswerCache, progress: Progress) -> list[Row]:
     """An option's likelihood without the stop token, which a base that chats on would not give."""
     rows: list[Row] = []
     pairs: list[tuple[str, str]] = []
-    for probe in (p for p in load_probes() if p["kind"] == "choice"):
+    for probe in probes:
         question, *options = probe["options"]
         for part, option in enumerate(options):
             pairs.append((question, option))
@@ -94,22 +97,26 @@ def _identity(probe: dict[str, Any]) -> Row:
     return {key: probe[key] for key in ("probe_id", "kind", "language")}
 
 
-def forgetting(rows: list[Row], design: Design) -> dict[str, Any]:
-    """Comparisons of the probes' rows by name; each has `kind` and `language` (`all` for both) beside."""
-    probes = {p["probe_id"]: p for p in load_probes()}
+def forgetting(rows: list[Row], own: list[dict[str, Any]], design: Design) -> dict[str, Any]:
+    """Comparisons of the probes' rows by name, a house's `own` apart; each has its `kind` beside."""
+    probes = {p["probe_id"]: p for p in (*load_probes(), *own)}
     found: dict[str, Any] = {}
     for name, kind, languages in (
         ("general_text_en", "text", ("en",)), ("general_text_zh", "text", ("zh",)),
         ("general_choice", "choice", ("en", "zh")), ("instructions", "instruction", ("en", "zh")),
         ("right_refusals", "refusal", ("en", "zh")), ("tempted", "red_line", ("en", "zh")),
+        *((f"own_{kind}", kind, ("en", "zh")) for kind in ("text", "choice", *ANSWERED)),
     ):  # fmt: skip
-        mine = [row for row in rows if row["kind"] == kind and row["language"] in languages]
+        mine = [
+            row for row in rows if row["kind"] == kind and row["language"] in languages
+            and row["probe_id"].startswith("own-") == name.startswith("own_")
+        ]  # fmt: skip
         if not mine:
             continue
         metric = _metric(name, kind, mine, probes)
         # A passage is many tokens, and the permutation test is exact from a dozen pairs on.
-        own = replace(design, min_items=FEW_PASSAGES) if kind == "text" else design
-        result = compare([metric], [f"probe {i}" for i in range(len(metric.base))], own)[name]
+        fitting = replace(design, min_items=FEW_PASSAGES) if kind == "text" else design
+        result = compare([metric], [f"probe {i}" for i in range(len(metric.base))], fitting)[name]
         found[name] = {**result, "kind": kind}
     return found
 
@@ -130,8 +137,7 @@ def passes(probe: dict[str, Any], answer: str) -> bool:
     return any(word.casefold() in shown.casefold() for word in probe["contains"])
 
 
-def _answered(specialist: Specialist, cache: AnswerCache, progress: Progress) -> list[Row]:
-    asked = [p for p in load_probes() if p["kind"] in ANSWERED]
+def _answered(specialist: Specialist, asked: list[dict[str, Any]], cache: AnswerCache, progress: Progress) -> list[Row]:
     prompts = [[{"role": "user", "content": p["prompt"]}] for p in asked]
     rows: list[Row] = [_identity(p) | {"part": 0} for p in asked]
     for done, side in enumerate(SIDES, 1):

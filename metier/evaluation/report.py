@@ -38,6 +38,7 @@ class Run:
     items: list[dict[str, Any]]
     base_name: str
     languages: list[str]
+    exports: list[dict[str, Any]]
     trials: dict[str, Any] | None = None
     speaks: Language | None = None
 
@@ -74,6 +75,7 @@ def read_run(run: Path) -> Run:
         # A local folder's name says enough, and its path is nobody's business.
         base_name=Path(base).name if Path(base).is_absolute() else base,
         languages=counts["language"].to_list(),
+        exports=[json.loads(path.read_text(encoding="utf-8")) for path in sorted(run.glob("export/*/PARITY.json"))],
         trials=read_trials(run, manifests["adapter"]),
     )
 
@@ -117,6 +119,8 @@ def render(found: Run) -> str:
         forgetting=sections.cost_rows(found.evidence["forgetting"], found.language),
         behaviour=sections.cost_rows(found.evidence["behaviour"], found.language),
         memory=sections.memory_rows(found.evidence, found.language),
+        beside_full=sections.beside_full(found.evidence, found.language),
+        exports=sections.export_rows(found.exports, found.training["digest"]),
         gates=sections.gate_rows(found.evidence, found.language),
         calibration=sections.calibration_text(found.evidence, found.language),
         without_repeats=_without_repeats(found),
@@ -159,6 +163,8 @@ def _controls(found: Run) -> list[dict[str, Any]]:
     table = words(found.language)
     rows = []
     for name, control in found.evidence["controls"].items():
+        if name == "full":
+            continue  # it has a section of its own
         metric = control["metric"]
         rows.append({"key": name, "name": table[name], "value": show(metric, control[metric]),
                      "outcome": control["outcome"], **_difference(found, metric, control)})  # fmt: skip
@@ -264,8 +270,9 @@ def _cost(found: Run) -> list[tuple[str, str]]:
         for name, value in found.evidence["cost"].items()
     ]
     seconds = found.training.get("train_seconds", found.training["timing"]["seconds"])
-    spent = ("minutes", f"{seconds / 60:,.1f}") if seconds >= 120 else ("seconds", f"{seconds:,.0f}")
-    rows.append((table["time"], table[spent[0]].format(value=spent[1])))
+    rows.append((table["time"], sections.duration(seconds, found.language)))
+    if found.training.get("peak_memory_bytes"):
+        rows.append((table["peak_memory_bytes"], sections.gibibytes(found.training["peak_memory_bytes"])))
     rows.append((table["energy"], sections.energy(found.training, seconds, found.language)))
     speeds = _series(found.curve, "tok_per_sec")[1]
     if speeds:

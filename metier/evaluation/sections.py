@@ -6,6 +6,7 @@ In: the evidence and the adapter's manifest. Out: rows of text for the template.
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
 from typing import Any
 
 from metier.evaluation.texts import Language, show, show_delta, words
@@ -76,6 +77,10 @@ def memory_rows(evidence: dict[str, Any], language: Language) -> list[Row]:
     for repeats, level in memory["canaries"].items():
         name = table["exposure_of"].format(n=repeats)
         rows.append(_measured(name, level["bits"], level["ci95"], table["chance_bits"]))
+    if drawn := memory["extraction"]:
+        note = table["of_beginnings"].format(n=f"{drawn['n_records']:,}", m=f"{drawn['n_beginnings']:,}")
+        for name, count in (("extraction", drawn["adapter_only"]), ("extraction_base", drawn["base"])):
+            rows.append({"name": table[name], "value": f"{count:,}", "low": "", "high": "", "note": note})
     found = memory["test_in_train"]
     for kind in ("exact", "normalised", "near"):
         rows.append({"name": table[f"repeats_{kind}"], "value": f"{len(found[kind]):,}", "low": "", "high": "",
@@ -94,6 +99,72 @@ def gate_rows(evidence: dict[str, Any], language: Language) -> list[Row]:
             "passed": gate["passed"],
         }
         for gate in evidence["gates"]
+    ]
+
+
+def beside_full(evidence: dict[str, Any], language: Language) -> Row | None:
+    """LoRA beside full fine-tuning: `line` in words, `note`, `rows` of metrics, `cost_note` and rows of `cost`."""
+    found, table = evidence["full"], words(language)
+    if found is None:
+        return None
+    metric = evidence["verdict"]["primary_metric"]
+    rows = [
+        {"name": table[name], "lower": not r["higher_is_better"], **compared(name, {**r, "base": r["full"]}, language)}
+        for name, r in found["metrics"].items()
+    ]
+    first = next(row for row in rows if row["name"] == table[metric])
+    sides = [found["training"][side] for side in ("full", "adapter")]
+    share = f"{100 * sides[1]['trainable_parameters'] / sides[0]['trainable_parameters']:.2g} %"
+    needed, is_open = found["metrics"][metric]["n_needed"], first["outcome"] == "not enough data"
+    line = table["beside_full_line"].format(
+        needed=table["needed_to_tell"].format(n=f"{needed:,}") if is_open and needed else "",
+        metric=table[metric], full=first["base"], share=share, outcome=table[f"tag_{first['outcome']}"].lower(),
+        **{key: first[key] for key in ("adapter", "delta", "low", "high")},
+    )  # fmt: skip
+    cost = [(table[name], *("-" if side.get(key) is None else told(side[key]) for side in sides))
+            for name, key, told in _trainings(language)]  # fmt: skip
+    tried = len(found["trials"])
+    cost_note = table["full_cost_note"].format(n=tried) if tried else table["full_cost_note_untried"]
+    note = table["beside_full_note"].format(n=evidence["n"])
+    return {"line": line, "note": note, "rows": rows, "cost_note": cost_note, "cost": cost}
+
+
+def _trainings(language: Language) -> list[tuple[str, str, Callable[[Any], str]]]:
+    """Name, key and spelling of what two trainings are compared by."""
+    return [
+        ("trained_share", "trainable_parameters", "{:,}".format),
+        ("time", "train_seconds", lambda seconds: duration(seconds, language)),
+        ("peak_memory_bytes", "peak_memory_bytes", gibibytes),
+        ("peak_learning_rate", "peak_learning_rate", "{:.3g}".format),
+        ("validation_loss", "val_loss", "{:.4g}".format),
+        ("train_precision", "precision", str),
+    ]
+
+
+def duration(seconds: float, language: Language) -> str:
+    """Seconds up to two minutes, else minutes."""
+    key, shown = ("minutes", f"{seconds / 60:,.1f}") if seconds >= 120 else ("seconds", f"{seconds:,.0f}")
+    return words(language)[key].format(value=shown)
+
+
+def gibibytes(count: float) -> str:
+    """Bytes in GiB."""
+    return f"{count / 2**30:,.2f} GiB"
+
+
+def export_rows(exports: list[dict[str, Any]], adapter_digest: str) -> list[Row]:
+    """The forms of PARITY.json files that were made from this very adapter."""
+    return [
+        {
+            "name": f"{name} ({entry['storage']})" if entry["storage"] not in name else name,
+            "deviation": "-" if entry["kl_ratio"] is None else f"{100 * entry['kl_ratio']:.2g} %",
+            "gain_kept": "-" if entry["gain_kept"] is None else f"{100 * entry['gain_kept']:.1f} %",
+            "same": f"{entry['greedy_equal']} / {len(entry['greedy'])}",
+            "passed": entry["passed"],
+        }
+        for record in exports
+        if record.get("adapter_digest") == adapter_digest
+        for name, entry in sorted(record["forms"].items())
     ]
 
 

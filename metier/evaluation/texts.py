@@ -18,7 +18,8 @@ Language = Literal["en", "zh"]
 SHARES = (
     "accuracy", "macro_f1", "accuracy_generated", "exact_match", "invalid_share", "token_f1", "field_f1",
     "invalid_json_share", "stopped_share", "empty_share", "refusal_share", "red_line_share",
-    "general_choice", "instructions", "right_refusals", "tempted",
+    "general_choice", "instructions", "right_refusals", "tempted", "own_choice", "own_instruction", "own_refusal",
+    "own_red_line",
 )  # fmt: skip
 FEW_PER_LABEL = 10
 
@@ -89,7 +90,7 @@ def limits(evidence: dict[str, Any], language: Language) -> list[str]:
     left_out = len(evidence["left_out"])
     leaked, total = evidence["num_test_prompts_near_train"], evidence["num_test_records"]
     other, exact = evidence["languages"]["other"], evidence["num_test_prompts_in_train"]
-    memory = evidence["memorisation"]
+    memory, seen = evidence["memorisation"], evidence["contenders_seen"]
     chosen = ("、" if language == "zh" else ", ").join(unseen)
     found: list[tuple[bool, str, dict[str, Any]]] = [
         (leaked > 0, "limit_leak", {"n": leaked, "exact": exact}),
@@ -111,6 +112,10 @@ def limits(evidence: dict[str, Any], language: Language) -> list[str]:
         (not evidence["forgetting"], "limit_scope", {}),
         (memory["membership"] is None, "limit_no_membership", {}),
         (memory["membership"] is not None, "limit_membership", {}),
+        (memory["extraction"] is not None, "limit_extraction", {}),
+        (memory["extraction"] is None and evidence["identifiers_removed"] > 0, "limit_no_extraction", {}),
+        ((seen.get("earlier") or 0) > 0, "limit_earlier_seen", {"n": seen.get("earlier")}),
+        ("earlier" in seen and seen["earlier"] is None, "limit_earlier_unknown", {}),
     ]  # fmt: skip
     return [table[name].format(**values) for holds, name, values in found if holds]
 

@@ -20,7 +20,8 @@ from metier import artifacts
 from metier.errors import MetierError, RunError
 from metier.evaluation.card import render_card
 from metier.evaluation.evaluate import read_tables
-from metier.evaluation.judge import Asked, judge
+from metier.evaluation.judge import SCHEMA, Asked, judge
+from metier.evaluation.own_probes import COPY, read_own
 from metier.evaluation.report import Run, pages, read_run
 from metier.recipe import EvaluateConfig
 
@@ -48,6 +49,10 @@ def verify(run: Path, head: str | None = None) -> Verification:
         num_files, problems = _check_artifact(run / stage)
         found.checks.append(f"{stage}: {num_files} files and their digest")
         found.problems += [f"{stage}/{problem}" for problem in problems]
+    if "full" in (artifacts.read_manifest(run / "evidence") or {})["parents"]:
+        num_files, problems = _check_artifact(run / "full")
+        found.checks.append(f"full: {num_files} files and their digest")
+        found.problems += [f"full/{problem}" for problem in problems]
     found.problems += _check_parents(run)
     found.audit_head, problems = _check_audit(run, head)
     found.checks.append("audit.jsonl: the chain, and the digests that it names")
@@ -90,7 +95,9 @@ def _brief(value: Any) -> str:
 
 
 def _check_artifact(folder: Path) -> tuple[int, list[str]]:
-    manifest = artifacts.read_manifest(folder) or {}
+    manifest = artifacts.read_manifest(folder)
+    if manifest is None:
+        return 0, ["manifest.json: missing"]
     problems = []
     there = {p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.is_file()}
     for name, entry in manifest["files"].items():
@@ -107,11 +114,14 @@ def _check_artifact(folder: Path) -> tuple[int, list[str]]:
 
 
 def _check_parents(run: Path) -> list[str]:
-    manifests = {stage: artifacts.read_manifest(run / stage) or {} for stage in artifacts.STAGES}
+    manifests = {stage: artifacts.read_manifest(run / stage) or {} for stage in (*artifacts.STAGES, "full")}
+    pairs = [("adapter", "dataset"), ("evidence", "dataset"), ("evidence", "adapter")]
+    if "full" in manifests["evidence"]["parents"]:
+        pairs += [("full", "dataset"), ("evidence", "full")]
     return [
         f"{stage}/manifest.json: made from another {parent} than the one beside it"
-        for stage, parent in (("adapter", "dataset"), ("evidence", "dataset"), ("evidence", "adapter"))
-        if manifests[stage]["parents"].get(parent) != manifests[parent]["digest"]
+        for stage, parent in pairs
+        if manifests[stage].get("parents", {}).get(parent) != manifests[parent].get("digest")
     ]
 
 
@@ -149,12 +159,16 @@ def _check_named(run: Path, last: dict[str, dict[str, Any]]) -> list[str]:
 def _check_evidence(run: Path) -> list[str]:
     stored = json.loads((run / "evidence" / "evidence.json").read_text(encoding="utf-8"))
     manifests = {stage: artifacts.read_manifest(run / stage) or {} for stage in artifacts.STAGES}
+    if stored.get("schema") != SCHEMA:
+        return ["evidence/evidence.json: made by another version of metier; `metier evaluate` makes it anew"]
     table, probes = read_tables(run / "evidence")
+    copy = run / "evidence" / COPY
     try:
         made = judge(
             dataset=run / "dataset", data=manifests["dataset"], training=manifests["adapter"], table=table,
-            probes=probes, asked=Asked.of(stored), config=EvaluateConfig(**manifests["evidence"]["config"]),
-            seed=manifests["evidence"]["seed"],
+            probes=probes, own=read_own(copy) if copy.exists() else [],
+            full=artifacts.read_manifest(run / "full") if stored.get("full") else None, asked=Asked.of(stored),
+            config=EvaluateConfig(**manifests["evidence"]["config"]), seed=manifests["evidence"]["seed"],
         )  # fmt: skip
     except (MetierError, KeyError, ValueError, TypeError) as error:
         return [f"evidence/evidence.json: cannot be made again ({type(error).__name__})"]

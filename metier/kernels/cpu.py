@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 
 from metier.kernels import reference
-from metier.kernels.reference import Groups, Rows, SwigluGrads, times
+from metier.kernels.reference import Groups, Rows, SwigluGrads, rank_gradient, times
 
 # Scores that exist at a time, in elements.
 MAX_SCORES = 1 << 24
@@ -112,7 +112,10 @@ def swiglu_backward(
     torch.ops.aten.silu_backward.grad_input(dh * linear, gate, grad_input=grad[:, :half])
     torch.mul(dh, silu, out=grad[:, half:])
     rows = project_rows(grad, factor=factor, down=up, segments=(half, 2 * half), quantise=quantise, groups=groups)
-    return SwigluGrads(silu.mul_(linear), grad, rows)
+    h = silu.mul_(linear)
+    up_grad = None if low is None else rank_gradient(grad, low, (half, 2 * half), groups)
+    down_grad = None if low_dh is None else rank_gradient(low_dh, h, (low_dh.shape[1],), groups)
+    return SwigluGrads(rows, up_grad, down_grad)
 
 
 class _Attention(torch.autograd.Function):

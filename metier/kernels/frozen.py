@@ -187,6 +187,20 @@ def freeze(weight: torch.Tensor, storage: Storage, *, eats_fp8: bool = True) -> 
     return DenseWeight(weight)
 
 
+def moved(weight: FrozenWeight, device: torch.device) -> FrozenWeight:
+    """`weight` copied to `device`."""
+    if isinstance(weight, DenseWeight):
+        return DenseWeight(weight.weight.to(device))
+    if isinstance(weight, Fp8Weight):
+        return Fp8Weight(weight.quantised.to(device), weight.column_scale.to(device))
+    parts = [
+        nf4.Nf4(*(t.to(device) for t in (part.packed, part.absmax, part.absmax_scale, part.offset)))
+        for part in weight.parts
+    ]
+    scale = None if weight.column_scale is None else weight.column_scale.to(device)
+    return Nf4Weight(tuple(parts), weight.dtype, scale)
+
+
 def stack(weights: list[FrozenWeight]) -> FrozenWeight:
     """Weights of one input as one, by rows. Dense and fp8 ones are copied; nf4 ones stay where they are."""
     first = weights[0]

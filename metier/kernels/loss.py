@@ -44,7 +44,9 @@ class _HeadLoss(torch.autograd.Function):
                 torch.mm(logits, head.weight, out=grad[piece])
             del logits
         if grad is not None:
-            grad = ops.norm_backward(grad, x, rstd=rows.rstd, weight=head.norm, low=None, down=None, residual=None)
+            grad, _ = ops.norm_backward(
+                grad, x, rstd=rows.rstd, weight=head.norm, low=None, down=None, projected=None, residual=None
+            )
         ctx.save_for_backward(grad, positions)
         ctx.num_rows = hidden.shape[0]
         return torch.cat(losses) if losses else x.new_zeros(0, dtype=torch.promote_types(x.dtype, torch.float32))

@@ -28,7 +28,7 @@ def project_rows(x: torch.Tensor, **options: Any) -> reference.Rows:
     return _on(x, "project_rows", options.get("groups"))(x, **options)  # type: ignore[no-any-return]
 
 
-def norm_backward(dz: torch.Tensor, x: torch.Tensor, **options: Any) -> torch.Tensor:
+def norm_backward(dz: torch.Tensor, x: torch.Tensor, **options: Any) -> tuple[torch.Tensor, torch.Tensor | None]:
     return _on(x, "norm_backward", options.get("groups"))(dz, x, **options)  # type: ignore[no-any-return]
 
 
@@ -44,7 +44,7 @@ def rotate(qkv: torch.Tensor, *rest: Any, **options: Any) -> tuple[torch.Tensor,
 
 def rotate_backward(
     grads: tuple[torch.Tensor, torch.Tensor, torch.Tensor], *rest: Any, **options: Any
-) -> tuple[torch.Tensor, torch.Tensor | None]:
+) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
     return _on(grads[0], "rotate_backward", options.get("groups"))(grads, *rest, **options)  # type: ignore[no-any-return]
 
 

@@ -15,16 +15,33 @@ FP8_MAX = 448.0
 SCALE_FLOOR = 1e-12
 
 
-def low_rank(
-    x: torch.Tensor, lora_a: torch.Tensor, lora_b: torch.Tensor, *, scaling: float, dropout: float = 0.0
-) -> torch.Tensor:
-    """scaling * dropout(x) A^T B^T: what LoRA adds to x W^T (Hu et al., 2021, arXiv 2106.09685, equation 3).
+def keyed_dropout(x: torch.Tensor, probability: float, keys: torch.Tensor, site: int) -> torch.Tensor:
+    """Dropout on x [..., T, I] whose mask follows from the tokens' `keys` [T] int32 and the site's number alone.
+
+    A token's mask is the same wherever it lies, in whichever pass or process, and when it is computed again. The
+    bits are murmur3's finaliser (Appleby, 2011) over key, site and column.
+    """
+    columns = torch.arange(x.shape[-1], dtype=torch.int32, device=x.device) * -1640531527  # 2^32 / golden ratio
+    number = (site * 668265263 + 2**31) % 2**32 - 2**31  # as int32
+    bits = _mixed(keys + number)[:, None] + columns
+    # 31 random bits: the sign is not looked at.
+    kept = (_mixed(bits) & 0x7FFFFFFF) >= int(probability * 2**31)
+    return x * kept * (1 / (1 - probability))
+
+
+def _mixed(x: torch.Tensor) -> torch.Tensor:
+    """murmur3's 32-bit finaliser on int32, which wraps; shifts are made unsigned."""
+    x = (x ^ ((x >> 16) & 0xFFFF)) * -2048144789
+    x = (x ^ ((x >> 13) & 0x7FFFF)) * -1028477387
+    return x ^ ((x >> 16) & 0xFFFF)
+
+
+def low_rank(x: torch.Tensor, lora_a: torch.Tensor, lora_b: torch.Tensor, *, scaling: float) -> torch.Tensor:
+    """scaling * x A^T B^T: what LoRA adds to x W^T (Hu et al., 2021, arXiv 2106.09685, equation 3).
 
     x [..., I], whose dtype is also the result's [..., O]; lora_a [R, I] and lora_b [O, R] are the fp32 masters: B is
     scaled in fp32 and both are cast to x's dtype for the products.
     """
-    if dropout:
-        x = F.dropout(x, dropout)
     h = F.linear(x, lora_a.to(x.dtype))
     return F.linear(h, (lora_b * scaling).to(x.dtype))
 
@@ -43,10 +60,11 @@ def cross_entropy_sum(logits: torch.Tensor, targets: torch.Tensor, weights: torc
 class Groups(NamedTuple):
     """Whose rows are whose, where several adapters share a pass; their matrices are then stacked, [J, ...].
 
-    `spans`: (adapter, first row, end), in the order of the rows, each adapter once.
+    `spans`: (adapter, first row, end), in the order of the rows, each adapter at most once. `num_adapters` is J.
     """
 
     spans: tuple[tuple[int, int, int], ...]
+    num_adapters: int
 
     def rows_of(self, adapter: int) -> slice | None:
         return next((slice(start, end) for number, start, end in self.spans if number == adapter), None)
@@ -117,6 +135,35 @@ def project_rows(
     return Rows(z.to(x.dtype), None, None, low, rstd)
 
 
+def rank_gradient(
+    dy: torch.Tensor, low: torch.Tensor, ends: tuple[int, ...], groups: Groups | None = None
+) -> torch.Tensor:
+    """dy^T low, segment by segment: dy [M, O], low [M, n R] -> [O, R]; sum and result in fp32 (float64 stays).
+
+    `ends` are the ends of the n column ranges of dy; range j meets low[:, j R : (j+1) R]. With `groups` the result is
+    [J, O, R], each adapter's from its own rows, zero for one without rows.
+    """
+    rank = low.shape[1] // len(ends)
+    if groups is not None:
+        dtype = torch.promote_types(dy.dtype, torch.float32)
+        whole = torch.zeros(groups.num_adapters, dy.shape[1], rank, dtype=dtype, device=dy.device)
+        for adapter, start, end in groups.spans:
+            whole[adapter] = rank_gradient(dy[start:end], low[start:end], ends)
+        return whole
+    starts = (0, *ends[:-1])
+    parts = [
+        _product32(dy[:, a:b].T, low[:, j * rank : (j + 1) * rank])
+        for j, (a, b) in enumerate(zip(starts, ends, strict=True))
+    ]
+    return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+
+def _product32(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+    if a.is_cuda and a.dtype in (torch.bfloat16, torch.float16):
+        return torch.mm(a, b, out_dtype=torch.float32)
+    return (a @ b).to(torch.promote_types(a.dtype, torch.float32))
+
+
 def norm_backward(
     dz: torch.Tensor,
     x: torch.Tensor,
@@ -125,18 +172,25 @@ def norm_backward(
     weight: torch.Tensor,
     low: torch.Tensor | None,
     down: torch.Tensor | None,
+    projected: torch.Tensor | None,
     residual: torch.Tensor | None,
     groups: Groups | None = None,
-) -> torch.Tensor:
-    """Gradient of x for z = weight * x * rstd, with dz [M, I] + low [M, R] down [R, I] arriving, plus `residual`."""
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Gradient of x for z = weight * x * rstd, with dz [M, I] + low [M, R] down [R, I] arriving, plus `residual`.
+
+    Also low^T z [R, I], fp32: the gradient of `down`. `projected` is z down^T [M, R], which a kernel needs.
+    """
     work = torch.float64 if x.dtype == torch.float64 else torch.float32
     grad = dz.to(work)
+    down_grad = None
     if low is not None and down is not None:
         grad = grad + times(low.to(work), down.to(work), groups)
+        # dA = ((low * rstd)^T x) * weight: z is not formed again.
+        down_grad = rank_gradient((low * rstd[:, None]).to(x.dtype), x, (low.shape[1],), groups) * weight
     unit = x.to(work) * rstd[:, None]
     grad = grad * weight.to(work)
     dx = rstd[:, None] * (grad - unit * (grad * unit).mean(-1, keepdim=True))
-    return (dx if residual is None else dx + residual).to(x.dtype)
+    return (dx if residual is None else dx + residual).to(x.dtype), down_grad
 
 
 def add_low_rank(
@@ -224,10 +278,11 @@ def rotate_backward(
     rotation: Rotation,
     factor: torch.Tensor | None = None,
     groups: Groups | None = None,
-) -> tuple[torch.Tensor, torch.Tensor | None]:
+) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
     """The gradient of the sum that `rotate` starts from, [M, O]; qkv is read where q and k are normalised alone.
 
-    With `factor` [O], also the rows' largest magnitudes of gradient * factor, [M].
+    With `factor` [O], also the rows' largest magnitudes of gradient * factor, [M]; with `low` the gradient of `up`,
+    fp32 [O, R].
     """
     dtype = grads[0].dtype
     work = torch.float64 if dtype == torch.float64 else torch.float32
@@ -240,7 +295,8 @@ def rotate_backward(
             unit, grad = raw[j] * rstd, turned[j] * norm
             turned[j] = rstd * (grad - unit * (grad * unit).mean(-1, keepdim=True))
     whole = torch.cat([g.flatten(1).to(dtype) for g in (*turned, grads[2])], 1)
-    return whole, None if factor is None else (whole * factor).abs().amax(1)
+    largest = None if factor is None else (whole * factor).abs().amax(1)
+    return whole, largest, None if low is None else rank_gradient(whole, low, heads.ends, groups)
 
 
 def swiglu(
@@ -274,11 +330,11 @@ def _gate_up(
 
 
 class SwigluGrads(NamedTuple):
-    """h [M, F] as the forward pass made it, the gradient [M, 2F] of gate and up, and the same as `Rows` for dX."""
+    """The gradient [M, 2F] of gate and up as `Rows` for dX, and those of `up` [2F, R] and of `down` [R', F], fp32."""
 
-    h: torch.Tensor
-    grad: torch.Tensor
     rows: Rows
+    up: torch.Tensor | None
+    down: torch.Tensor | None
 
 
 def swiglu_backward(
@@ -307,7 +363,10 @@ def swiglu_backward(
     d_both = torch.cat([d_gate, grad * g * sigmoid], 1).to(dh.dtype)
     half = dh.shape[1]
     rows = project_rows(d_both, factor=factor, down=up, segments=(half, 2 * half), quantise=quantise, groups=groups)
-    return SwigluGrads(h.to(dh.dtype), d_both, rows)
+    up_grad = None if low is None else rank_gradient(d_both, low, (half, 2 * half), groups)
+    h = h.to(dh.dtype)
+    down_grad = None if low_dh is None else rank_gradient(low_dh, h, (low_dh.shape[1],), groups)
+    return SwigluGrads(rows, up_grad, down_grad)
 
 
 def cross_entropy_rows(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:

@@ -47,11 +47,13 @@ def dequantise_nf4_into(out: torch.Tensor, weight: Nf4, scales: torch.Tensor | N
     """Writes `weight` [N, K] into out [N, K] ([K, N] when transposed), over `scales` [N] when out is e4m3."""
     rows, cols = weight.shape
     assert cols % BLOCK == 0 and (scales is not None) == (out.dtype == FP8)
-    grid = (triton.cdiv(rows, 64), triton.cdiv(cols, 128))
+    # Measured on 22,016 x 4,096 on an H100.
+    block = {"BM": 128, "BN": 128} if transposed else {"BM": 16, "BN": 512}
+    grid = (triton.cdiv(rows, block["BM"]), triton.cdiv(cols, block["BN"]))
     _dequantise[grid](
         weight.packed, weight.absmax, weight.absmax_scale, weight.offset, code_table(out.device),
         weight.offset if scales is None else scales, out, scale_code(out.device), rows, cols, out.stride(0),
-        TO_FP8=scales is not None, TRANSPOSED=transposed, BM=64, BN=128, num_warps=8,
+        TO_FP8=scales is not None, TRANSPOSED=transposed, **block, num_warps=4,
     )  # fmt: skip
 
 

@@ -2,7 +2,8 @@
 
 The adapters' matrices lie side by side, A [R, I] and B [O, R] with R the sum of their ranks, and every row
 multiplies the columns that are not its own by zero. So a batch of any mixture costs two products more than the
-base, a row's numbers are those of its adapter alone, and a row of the base gets the base's own output.
+base, a row's numbers are those of its adapter alone, and a row of the base gets the base's own output. The base's
+layers are computed by `metier.kernels.linear`, whether an adapter asks for them or not.
 
 Limits: adapters that also train the model's bias terms are refused; the cost grows with the sum of the ranks.
 """
@@ -14,10 +15,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 
 from metier.errors import ModelError
+from metier.kernels.linear import linear
 from metier.model.load import Base
 from metier.model.lora import load_adapter
 
@@ -33,8 +34,8 @@ class Selection:
     masks: dict[Layout, torch.Tensor] = field(default_factory=dict)
 
     def mask(self, layout: Layout, dtype: torch.dtype) -> torch.Tensor | None:
-        """[rows, 1, R] of ones and zeros, or None when every row asks for the base."""
-        if self.rows is None:
+        """[rows, 1, R] of ones and zeros, or None when every row asks for the base, or no adapter has the layer."""
+        if self.rows is None or not layout:
             return None
         if layout not in self.masks:
             owners = [adapter for adapter, rank in layout for _ in range(rank)]
@@ -69,11 +70,11 @@ class BankLinear(nn.Module):
         self.layout = (*self.layout, (adapter, lora_a.shape[0]))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        y: torch.Tensor = self.base(x)
+        y = linear(x, self.base.weight, self.base.bias)
         mask = self.selection.mask(self.layout, x.dtype)
         if mask is None:
             return y
-        return y + F.linear(F.linear(x, self.lora_a) * mask, self.lora_b)
+        return y.add_(linear(linear(x, self.lora_a).mul_(mask), self.lora_b))
 
 
 class AdapterBank:
@@ -83,7 +84,12 @@ class AdapterBank:
         self.base = base
         self.names: list[str] = []
         self._selection = Selection()
-        self._layers: dict[str, BankLinear] = {}
+        self._layers = {
+            name: BankLinear(module, self._selection)
+            for name, module in base.model.named_modules()
+            if type(module) is nn.Linear
+        }
+        self._put_in()
 
     def add(self, name: str, folder: Path) -> None:
         """Adds the adapter of a PEFT folder. Raises `ModelError` when it does not fit the base, or trains biases."""
@@ -91,13 +97,9 @@ class AdapterBank:
         adapter = load_adapter(self.base.model, folder)
         number = len(self.names)
         for where, layer in adapter.layers.items():
-            self._put(where, layer.base)
-            if where not in self._layers:
-                self._layers[where] = BankLinear(layer.base, self._selection)
             self._layers[where].add(number, layer.lora_a.detach(), layer.lora_b.detach() * layer.scaling)
         self.base.model.requires_grad_(False)
-        for where, bank_layer in self._layers.items():
-            self._put(where, bank_layer)
+        self._put_in()
         if adapter.biases:
             raise ModelError(
                 f"`{folder}` also trained bias terms (`bias: {adapter.config.bias}`), and a server shares them",
@@ -112,6 +114,10 @@ class AdapterBank:
         if any(name is not None for name in rows):
             numbers = [-1 if name is None else self.names.index(name) for name in rows]
             self._selection.rows = torch.tensor(numbers, device=self.base.device)
+
+    def _put_in(self) -> None:
+        for where, layer in self._layers.items():
+            self._put(where, layer)
 
     def _take_out(self) -> None:
         for where, layer in self._layers.items():

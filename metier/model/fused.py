@@ -19,7 +19,7 @@ from metier.kernels.attention import Documents, takes_flash
 from metier.kernels.frozen import DenseWeight, Fp8Weight, stack
 from metier.kernels.loss import Head, head_losses
 from metier.kernels.reference import Groups, Heads, Rotation
-from metier.model.graphs import MAX_WORK, GraphedPasses
+from metier.model.graphs import GraphedPasses
 from metier.model.layers import Layer, Part, Site, run_layer
 from metier.model.lora import Adapter, LoRALinear, scaling_of
 from metier.model.quantise import FrozenLinear
@@ -104,14 +104,14 @@ class FusedModel:
         `spans` are the adapters' rows, where there are several adapters (`metier.kernels.reference.Groups`).
         """
         documents = Documents.of(batch.lengths, batch.input_ids.device, is_flash=self.is_flash)
-        groups = Groups(spans) if self.num_adapters > 1 else None
+        groups = Groups(spans, self.num_adapters) if self.num_adapters > 1 else None
         hidden = self._hidden(batch.input_ids, batch.position_ids, documents, groups)
         return head_losses(hidden, batch.loss_positions, batch.loss_targets, self._last())
 
     def accumulate(self, batch: Batch, weight: torch.Tensor) -> torch.Tensor:
         """`loss_sum`, detached, after adding its gradient times `weight` (a scalar tensor) to the adapter's `.grad`."""
         is_weighted = batch.loss_weights is not None  # which no graph has a buffer for
-        if self.graphs is not None and not is_weighted and batch.input_ids.shape[1] * self.layer_size <= MAX_WORK:
+        if self.graphs is not None and not is_weighted:
             loss = self.graphs.accumulate(batch, weight)
             if loss is not None:
                 return loss
@@ -121,11 +121,10 @@ class FusedModel:
 
     def loss_of(
         self, input_ids: torch.Tensor, position_ids: torch.Tensor, documents: Documents,
-        positions: torch.Tensor, targets: torch.Tensor, weights: torch.Tensor | None = None,
+        positions: torch.Tensor, targets: torch.Tensor,
     ) -> torch.Tensor:  # fmt: skip
-        """`loss_sum` of a pass whose documents are laid out already, of one adapter."""
-        losses = head_losses(self._hidden(input_ids, position_ids, documents), positions, targets, self._last())
-        return (losses if weights is None else losses * weights).sum()
+        """`loss_sum` of a pass of one adapter whose documents are laid out already and whose losses count alike."""
+        return head_losses(self._hidden(input_ids, position_ids, documents), positions, targets, self._last()).sum()
 
     def _last(self) -> Head:
         norm = self.decoder.norm

@@ -1,9 +1,10 @@
-"""A pass as one CUDA graph, where launching kernels takes longer than running them: small models and short steps.
+"""A pass as one CUDA graph: the card never waits for the host to launch the next kernel.
 
-A graph wants fixed sizes. So a pass is padded to a bucket: tokens to at most an eighth more, supervised positions to an
-eighth, a quarter, half or all of the tokens, documents to a power of two. Padding tokens are documents of their own and
-carry no loss, so that nothing of a record changes. A bucket is recorded when it is first met (about a second) and
-replayed from then on; all share one memory pool.
+A graph wants fixed sizes. So a pass is padded to a bucket: tokens to at most an eighth more, and less where kernels
+are long; supervised positions to an eighth, a quarter, half or all of the tokens, documents to a power of two. Padding
+tokens are documents of their own and carry no loss, so that nothing of a record changes. A bucket is recorded when it
+is first met (about a second) and replayed from then on; all share one memory pool. Where the memory for that is not
+there, passes run as they are.
 """
 
 from __future__ import annotations
@@ -16,12 +17,16 @@ import torch
 from metier.kernels.attention import Documents
 
 MAX_GRAPHS = 48
-# Below this many (tokens x weights of a layer) a layer's kernels are shorter than their launches (H100, one thread).
-MAX_WORK = 5e11
+# From this many (tokens x weights of a layer) a padding token costs more than a bucket saves (H100): finer buckets.
+MUCH_WORK = 5e11
+FINE_GRAIN = 256
 
 
 class Pass(Protocol):
-    """What is recorded: the summed loss of a pass, and the parameters that its gradients go to."""
+    """What is recorded: the summed loss of a pass. `layer_size` is a layer's weights."""
+
+    recompute: Any
+    layer_size: int
 
     def loss_of(
         self, input_ids: torch.Tensor, position_ids: torch.Tensor, documents: Documents,
@@ -31,20 +36,21 @@ class Pass(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Bucket:
-    """Sizes of a padded pass; `lengths` are its documents', the padding's last."""
+    """Sizes of a padded pass; `lengths` are its documents', the padding's last. `equal`: see `Documents`."""
 
     lengths: tuple[int, ...]
     num_positions: int
     num_documents: int
     max_seqlen: int
+    equal: int
 
     @property
     def num_tokens(self) -> int:
         return sum(self.lengths)
 
     @property
-    def key(self) -> tuple[int, int, int, int]:
-        return self.num_tokens, self.num_positions, self.num_documents, self.max_seqlen
+    def key(self) -> tuple[int, ...]:
+        return self.num_tokens, self.num_positions, self.num_documents, self.max_seqlen, self.equal
 
 
 @dataclass
@@ -60,23 +66,28 @@ class GraphedPasses:
 
     run: Pass
     parameters: list[torch.nn.Parameter]
-    recorded: dict[tuple[int, ...], _Recorded] = field(default_factory=dict)
+    recorded: dict[tuple[Any, ...], _Recorded] = field(default_factory=dict)
     grads: list[torch.Tensor] = field(default_factory=list)
     max_seqlen: int = 128
     num_documents: int = 8
     pool: Any = None
+    max_graphs: int = MAX_GRAPHS
 
     def accumulate(self, batch: Any, weight: torch.Tensor) -> torch.Tensor | None:
-        """The pass's loss, its gradient times `weight` added; None when there are too many buckets already."""
+        """The pass's loss, its gradient times `weight` added; None when there is no graph for it, and no room."""
         bucket = self.bucket(batch)
-        if bucket.key not in self.recorded and len(self.recorded) >= MAX_GRAPHS:
+        key = (self.run.recompute, *bucket.key)
+        if key not in self.recorded and len(self.recorded) >= self.max_graphs:
             return None
         inputs = padded_inputs(batch, bucket)
         inputs["weight"] = weight
         self._attach_grads()
-        if bucket.key not in self.recorded:
-            self.recorded[bucket.key] = self._record(inputs)
-        found = self.recorded[bucket.key]
+        if key not in self.recorded:
+            recorded = self._record(inputs, bucket)
+            if recorded is None:
+                return None
+            self.recorded[key] = recorded
+        found = self.recorded[key]
         for name, value in inputs.items():
             found.buffers[name].copy_(value, non_blocking=True)
         found.graph.replay()
@@ -85,7 +96,8 @@ class GraphedPasses:
     def bucket(self, batch: Any) -> Bucket:
         """The sizes that `batch` is padded to. The limits on documents grow and never shrink."""
         total = sum(batch.lengths)
-        grain = max(128, 1 << max(0, total.bit_length() - 4))
+        is_long = total * self.run.layer_size >= MUCH_WORK
+        grain = FINE_GRAIN if is_long else max(128, 1 << max(0, total.bit_length() - 4))
         self.max_seqlen = max(self.max_seqlen, 1 << (max(batch.lengths) - 1).bit_length())
         lengths, rest = list(batch.lengths), -total % grain
         while rest > 0:
@@ -95,7 +107,9 @@ class GraphedPasses:
         num_tokens, num_loss = sum(lengths), batch.loss_targets.shape[0]
         sizes = (num_tokens // 8, num_tokens // 4, num_tokens // 2, num_tokens)
         num_positions = next(size for size in sizes if size >= num_loss)
-        return Bucket(tuple(lengths), num_positions, self.num_documents, self.max_seqlen)
+        is_equal = min(lengths) == max(lengths) and lengths[0] % 128 == 0
+        equal = lengths[0] if is_equal else 0
+        return Bucket(tuple(lengths), num_positions, self.num_documents, self.max_seqlen, equal)
 
     def _attach_grads(self) -> None:
         """The graphs write to the same gradients each time; a step that cleared them gets them back, zeroed."""
@@ -110,9 +124,10 @@ class GraphedPasses:
                 grad.copy_(other)
             parameter.grad = grad
 
-    def _record(self, inputs: dict[str, torch.Tensor]) -> _Recorded:
+    def _record(self, inputs: dict[str, torch.Tensor], bucket: Bucket) -> _Recorded | None:
+        """The pass as a graph; None, and no graphs from then on, when memory for one is not there."""
         buffers = {name: value.clone() for name, value in inputs.items()}
-        documents = Documents(buffers["cu_seqlens"], self.max_seqlen, None, None)
+        documents = Documents(buffers["cu_seqlens"], bucket.max_seqlen, None, None, bucket.equal)
 
         def once() -> torch.Tensor:
             loss = self.run.loss_of(
@@ -133,12 +148,12 @@ class GraphedPasses:
                 self.pool = torch.cuda.graph_pool_handle()
             with torch.cuda.graph(graph, pool=self.pool, stream=stream):
                 loss = once()
-        except torch.OutOfMemoryError:
+        except torch.OutOfMemoryError as error:
+            error.__traceback__ = None  # its frames hold the activations
             self.recorded.clear()
-            self.pool = None
-            raise
+            self.pool, self.max_graphs = None, 0
         torch._foreach_copy_(self.grads, kept)
-        return _Recorded(graph, buffers, loss)
+        return _Recorded(graph, buffers, loss) if self.max_graphs else None
 
 
 def padded_inputs(batch: Any, bucket: Bucket) -> dict[str, torch.Tensor]:

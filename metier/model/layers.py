@@ -16,7 +16,7 @@ from torch import nn
 from metier.kernels import ops
 from metier.kernels.attention import Documents, attend
 from metier.kernels.frozen import FrozenWeight
-from metier.kernels.reference import Groups, Heads, Rotation, Rows
+from metier.kernels.reference import Groups, Heads, Rotation, Rows, rank_gradient
 
 Gradients = list[torch.Tensor | None]
 
@@ -90,53 +90,47 @@ class Site:
             quantise=self.weight.eats_fp8, largest=largest, **_of(groups),
         )  # fmt: skip
 
-    def up_gradients(self, dy: torch.Tensor, low: torch.Tensor | None, groups: Groups | None) -> Gradients:
-        """The gradient of each layer's B [O, R] from dy [M, O] and low = x A^T [M, n R], fp32; adapter by adapter."""
+    def up_gradients(self, whole: torch.Tensor | None, groups: Groups | None) -> Gradients:
+        """The gradient of each layer's B from that of `up`, fp32 and of its shape, which is overwritten."""
         grads: Gradients = []
-        for part, rows in self._rows(groups):
-            for j, pair in enumerate(part.masters):
-                if pair is None:
-                    continue
-                if rows is None:
-                    grads.append(None)
-                    continue
-                assert low is not None
-                start, column = self.ends[j - 1] if j else 0, j * self.rank
-                own = low[rows, column : column + part.rank]
-                grads.append(_mm32(dy[rows, start : self.ends[j]].T, own).mul_(part.scaling))
-        return grads
-
-    def down_gradients(self, low_dy: torch.Tensor | None, x: torch.Tensor, groups: Groups | None) -> Gradients:
-        """The gradient of each layer's A [R, I] from low_dy = dy B [M, n R] and x [M, I], fp32; adapter by adapter."""
-        grads: Gradients = []
-        if low_dy is None:
-            return grads
-        for part, rows in self._rows(groups):
+        starts = (0, *self.ends)
+        for part, own in self._by_adapter(whole, groups):
             owned = [j for j, pair in enumerate(part.masters) if pair is not None]
-            if rows is None:
+            if own is None:
                 grads += [None] * len(owned)
-            elif owned:
-                whole = _mm32(low_dy[rows].T, x[rows]).view(len(self.ends), self.rank, -1)
-                grads += [whole[j, : part.rank] for j in owned]
+            else:
+                own.mul_(part.scaling)
+                grads += [own[starts[j] : self.ends[j], : part.rank] for j in owned]
         return grads
 
-    def _rows(self, groups: Groups | None) -> list[tuple[Part, slice | None]]:
-        """Each adapter and its rows in the pass; None for one that has none."""
+    def down_gradients(self, whole: torch.Tensor | None, groups: Groups | None) -> Gradients:
+        """The gradient of each layer's A from that of `down`, fp32 and of its shape."""
+        grads: Gradients = []
+        for part, own in self._by_adapter(whole, groups):
+            owned = [j for j, pair in enumerate(part.masters) if pair is not None]
+            if own is None:
+                grads += [None] * len(owned)
+            else:
+                layers = own.view(len(self.ends), self.rank, -1)
+                grads += [layers[j, : part.rank] for j in owned]
+        return grads
+
+    def _by_adapter(self, whole: torch.Tensor | None, groups: Groups | None) -> list[tuple[Part, torch.Tensor | None]]:
+        """Each adapter and its part of a gradient; None for one that has no rows in the pass."""
+        if whole is None:
+            return []
         if groups is None:
-            return [(part, slice(None)) for part in self.parts]
-        return [(part, groups.rows_of(number)) for number, part in enumerate(self.parts)]
+            return [(part, whole) for part in self.parts]
+        return [(part, whole[number] if groups.rows_of(number) else None) for number, part in enumerate(self.parts)]
+
+    def rank_gradient(self, dy: torch.Tensor, low: torch.Tensor | None, groups: Groups | None) -> torch.Tensor | None:
+        """The gradient of `up` from dy [M, O] and low = x A^T [M, n R]."""
+        return None if low is None else rank_gradient(dy, low, self.ends, groups)
 
 
 def _of(groups: Groups | None) -> dict[str, Groups]:
     """What an op is told of a pass of several adapters; of one adapter it is told nothing."""
     return {} if groups is None else {"groups": groups}
-
-
-def _mm32(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
-    """a b with the sum, and the result, in fp32 (float64 stays)."""
-    if a.is_cuda and a.dtype in (torch.bfloat16, torch.float16):
-        return torch.mm(a, b, out_dtype=torch.float32)
-    return (a @ b).to(torch.promote_types(a.dtype, torch.float32))
 
 
 def _interleave(downs: Gradients, ups: Gradients) -> Gradients:
@@ -171,15 +165,6 @@ def _norm(x: torch.Tensor, weight: torch.Tensor, eps: float, site: Site, groups:
     )
 
 
-def _norm_gradients(site: Site, low_dz: torch.Tensor | None, x: torch.Tensor, *, rstd: torch.Tensor,
-                    weight: torch.Tensor, groups: Groups | None) -> Gradients:  # fmt: skip
-    """A's gradient needs z = x * rstd * weight: dA = ((low_dz * rstd)^T x) * weight, and z is not formed again."""
-    if low_dz is None:
-        return []
-    scaled = (low_dz * rstd[:, None]).to(x.dtype)
-    return [None if g is None else g.mul_(weight) for g in site.down_gradients(scaled, x, groups)]
-
-
 class _Queries(torch.autograd.Function):
     """x [M, I] -> q, k, v after norm, product, rotation; and x: its other reader's gradient comes back here."""
 
@@ -199,19 +184,21 @@ class _Queries(torch.autograd.Function):
     def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         x, rstd, low, qkv = ctx.saved_tensors
         layer, site, groups = ctx.layer, ctx.layer.qkv, ctx.groups
-        dy, largest = ops.rotate_backward(
+        dy, largest, up_grad = ops.rotate_backward(
             (grads[0], grads[1], grads[2]), qkv, low, site.up, layer.heads, ctx.rotation, site.factor, **_of(groups)
         )
-        ups = site.up_gradients(dy, low, groups)
         rows = site.gradient_rows(dy, groups, largest)
-        downs = _norm_gradients(site, rows.low, x, rstd=rstd, weight=layer.input_norm, groups=groups)
-        dx = None
+        dx, down_grad = None, None
         if ctx.needs_input_grad[0]:
-            dx = ops.norm_backward(
+            dx, down_grad = ops.norm_backward(
                 site.weight.matmul_t(rows), x, rstd=rstd, weight=layer.input_norm, low=rows.low, down=site.down,
-                residual=grads[3], **_of(groups),
+                projected=low, residual=grads[3], **_of(groups),
             )  # fmt: skip
-        return dx, None, None, None, *_interleave(downs, ups)
+        elif rows.low is not None:
+            scaled = (rows.low * rstd[:, None]).to(x.dtype)
+            down_grad = rank_gradient(scaled, x, (scaled.shape[1],), groups) * layer.input_norm
+        found = _interleave(site.down_gradients(down_grad, groups), site.up_gradients(up_grad, groups))
+        return dx, None, None, None, *found
 
 
 class _Output(torch.autograd.Function):
@@ -234,15 +221,24 @@ class _Output(torch.autograd.Function):
     def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         attention, low = ctx.saved_tensors
         site, dy, groups = ctx.layer.o, grads[0], ctx.groups
-        ups = site.up_gradients(dy, low, groups)
+        ups = site.up_gradients(site.rank_gradient(dy, low, groups), groups)
         rows = site.gradient_rows(dy, groups)
         d_attention = site.weight.matmul_t(rows)
-        if rows.low is not None and groups is None:
-            d_attention.addmm_(rows.low, site.down)
-        elif rows.low is not None:
-            for adapter, start, end in groups.spans:
-                d_attention[start:end].addmm_(rows.low[start:end], site.down[adapter])
-        return dy, d_attention, None, None, *_interleave(site.down_gradients(rows.low, attention, groups), ups)
+        downs: Gradients = []
+        if rows.low is not None:
+            _add_low(d_attention, rows.low, site, groups)
+            downs = site.down_gradients(rank_gradient(rows.low, attention, (site.rank,), groups), groups)
+        return dy, d_attention, None, None, *_interleave(downs, ups)
+
+
+def _add_low(target: torch.Tensor, low: torch.Tensor, site: Site, groups: Groups | None) -> None:
+    """Adds low down to target [M, I], in place; with `groups` each row's with its own adapter's `down`."""
+    assert site.down is not None
+    if groups is None:
+        target.addmm_(low, site.down)
+        return
+    for adapter, start, end in groups.spans:
+        target[start:end].addmm_(low[start:end], site.down[adapter])
 
 
 class _Mlp(torch.autograd.Function):
@@ -269,21 +265,19 @@ class _Mlp(torch.autograd.Function):
         site, next_site = layer.gate_up, layer.down
         if both is None:
             both = site.weight.matmul(_norm(x, layer.output_norm, layer.eps, site, groups))
-        next_ups = next_site.up_gradients(dy, low_h, groups)
+        next_ups = next_site.up_gradients(next_site.rank_gradient(dy, low_h, groups), groups)
         next_rows = next_site.gradient_rows(dy, groups)
         result = ops.swiglu_backward(
             next_site.weight.matmul_t(next_rows), both, low, site.up, low_dh=next_rows.low, down=next_site.down,
             factor=site.factor, quantise=site.weight.eats_fp8, **_of(groups),
         )  # fmt: skip
-        next_downs = next_site.down_gradients(next_rows.low, result.h, groups)
-        ups = site.up_gradients(result.grad, low, groups)
-        downs = _norm_gradients(site, result.rows.low, x, rstd=rstd, weight=layer.output_norm, groups=groups)
-        dz = site.weight.matmul_t(result.rows)
-        dx = ops.norm_backward(
-            dz, x, rstd=rstd, weight=layer.output_norm, low=result.rows.low, down=site.down, residual=dy,
-            **_of(groups),
+        dx, down_grad = ops.norm_backward(
+            site.weight.matmul_t(result.rows), x, rstd=rstd, weight=layer.output_norm, low=result.rows.low,
+            down=site.down, projected=low, residual=dy, **_of(groups),
         )  # fmt: skip
-        return dx, None, None, None, *_interleave(downs, ups), *_interleave(next_downs, next_ups)
+        here = _interleave(site.down_gradients(down_grad, groups), site.up_gradients(result.up, groups))
+        below = _interleave(next_site.down_gradients(result.down, groups), next_ups)
+        return dx, None, None, None, *here, *below
 
 
 def run_layer(

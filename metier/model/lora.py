@@ -19,11 +19,12 @@ import pydantic
 import safetensors
 import safetensors.torch
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 from metier.artifacts import write_atomic, write_json
 from metier.errors import ModelError, did_you_mean
-from metier.kernels.reference import low_rank
+from metier.kernels.reference import keyed_dropout, low_rank
 from metier.model.quantise import FrozenLinear
 from metier.model.resolve import first_line, read_json
 from metier.recipe import AdapterConfig
@@ -32,7 +33,11 @@ PREFIX = "base_model.model."
 
 
 class LoRALinear(nn.Module):
-    """A frozen linear layer W [O, I] with a low-rank update B [O, R] A [R, I], both fp32."""
+    """A frozen linear layer W [O, I] with a low-rank update B [O, R] A [R, I], both fp32.
+
+    `number` counts the adapter's layers. Dropout's mask follows from `row_keys` [T] where they are set, and
+    else from torch's random state.
+    """
 
     def __init__(self, base: nn.Linear, rank: int, scaling: float, dropout: float) -> None:
         super().__init__()
@@ -40,6 +45,8 @@ class LoRALinear(nn.Module):
         self.scaling = scaling
         self.dropout = dropout
         self.is_on = True
+        self.number = 0
+        self.row_keys: torch.Tensor | None = None
         device = base.device if isinstance(base, FrozenLinear) else base.weight.device
         self.lora_a = nn.Parameter(torch.empty(rank, base.in_features, dtype=torch.float32, device=device))
         self.lora_b = nn.Parameter(torch.zeros(base.out_features, rank, dtype=torch.float32, device=device))
@@ -55,8 +62,13 @@ class LoRALinear(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         if not self.is_on:
             return self.base(x)  # type: ignore[no-any-return]
-        dropout = self.dropout if self.training else 0.0
-        return self.base(x) + low_rank(x, self.lora_a, self.lora_b, scaling=self.scaling, dropout=dropout)  # type: ignore[no-any-return]
+        dropped = self._dropped(x) if self.dropout and self.training else x
+        return self.base(x) + low_rank(dropped, self.lora_a, self.lora_b, scaling=self.scaling)  # type: ignore[no-any-return]
+
+    def _dropped(self, x: torch.Tensor) -> torch.Tensor:
+        if self.row_keys is None:
+            return F.dropout(x, self.dropout)
+        return keyed_dropout(x, self.dropout, self.row_keys, self.number)
 
 
 @dataclass
@@ -162,6 +174,7 @@ def new_adapter(model: nn.Module, config: AdapterConfig, *, seed: int) -> Adapte
         base = model.get_submodule(name)
         assert isinstance(base, nn.Linear)
         layer = LoRALinear(base, config.rank, scaling_of(config), config.dropout)
+        layer.number = len(layers)
         start = torch.empty(layer.lora_a.shape)
         nn.init.kaiming_uniform_(start, a=math.sqrt(5), generator=generator)
         with torch.no_grad():

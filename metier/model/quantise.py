@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from metier.errors import ModelError
-from metier.kernels.frozen import FrozenWeight, Storage, freeze
+from metier.kernels.frozen import FrozenWeight, Storage, freeze, moved
 from metier.kernels.reference import Rows, quantise_rows
 
 
@@ -68,7 +68,13 @@ def quantise_linear(linear: nn.Linear, storage: Storage) -> nn.Module:
     if storage == "dense" or cols % (64 if storage == "nf4" else 16) or rows % 16:
         return linear
     weight = linear.weight.detach()
-    frozen = freeze(weight, storage, eats_fp8=multiplies_fp8(weight.device) and weight.dtype == torch.bfloat16)
+    eats_fp8 = multiplies_fp8(weight.device) and weight.dtype == torch.bfloat16
+    # By way of the host, so that what quantising needs for a moment leaves no holes between the weights: they were
+    # 4 GiB for LLaMA-2-7B in NF4, which no CUDA graph could use.
+    frozen = moved(freeze(weight, storage, eats_fp8=eats_fp8), torch.device("cpu"))
+    if weight.is_cuda:
+        torch.cuda.empty_cache()
+        frozen = moved(frozen, weight.device)
     return FrozenLinear(frozen, linear.bias, weight.dtype)
 
 

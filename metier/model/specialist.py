@@ -97,6 +97,16 @@ class Specialist:
                 done(finished)
         return completions
 
+    def continue_from(self, beginnings: Sequence[list[int]], *, use_adapter: bool, max_new_tokens: int) -> list[str]:
+        """The greedy continuation of each beginning, token ids as they are, without the stop token."""
+        texts = [""] * len(beginnings)
+        stop = self.renderer.stop_token_ids
+        with self._adapter(use_adapter):
+            params = SamplingParams(max_new_tokens=max_new_tokens)
+            for index, new in generate_ids(self.base, beginnings, params, stop_token_ids=stop, batch_size=16):
+                texts[index] = self.renderer.decode(new)
+        return texts
+
     def score(self, prompts: Sequence[Prompt], answers: Sequence[str], *, use_adapter: bool = True) -> list[float]:
         """Summed log-probability in nats of each answer's tokens after its prompt, without the end-of-turn token."""
         sequences = []
@@ -202,10 +212,7 @@ def load(
         return Specialist(_base(str(run_or_base), None, device, precision, say))
     _, entries = read_adapter_config(adapter_folder)
     manifest = read_manifest(adapter_folder) or {}
-    names: dict[str, Precision] = {
-        "float32": "fp32", "bfloat16": "bf16", "float16": "fp16", "fp8": "fp8", "nf4": "nf4",
-    }  # fmt: skip
-    trained = names.get(str(manifest.get("precision")), "auto")
+    trained = precision_of(adapter_folder)
     stated = manifest.get("base")
     name = stated.get("name") if isinstance(stated, dict) else None
     name = name if isinstance(name, str) and name else entries.get("base_model_name_or_path")
@@ -216,6 +223,14 @@ def load(
         name, entries.get("revision"), device, trained if precision == "auto" and same_device else precision, say
     )
     return Specialist(base, load_adapter(base.model, adapter_folder))
+
+
+def precision_of(adapter_folder: Path) -> Precision:
+    """The precision that an adapter was trained in; `auto` where its folder does not say."""
+    names: dict[str, Precision] = {
+        "float32": "fp32", "bfloat16": "bf16", "float16": "fp16", "fp8": "fp8", "nf4": "nf4",
+    }  # fmt: skip
+    return names.get(str((read_manifest(adapter_folder) or {}).get("precision")), "auto")
 
 
 def _base(name: str, revision: str | None, device: Device, precision: Precision, say: Callable[[str], None]) -> Base:

@@ -14,6 +14,7 @@ from metier.recipe.data import DataConfig
 from metier.recipe.dedup import DedupConfig
 from metier.recipe.evaluate import EvaluateConfig
 from metier.recipe.privacy import PrivacyConfig
+from metier.recipe.scale import ScaleConfig
 from metier.recipe.section import Section
 from metier.recipe.serve import ServeConfig
 from metier.recipe.sweep import SweepConfig
@@ -37,7 +38,7 @@ class Recipe(Section):
     )
     domain: str | None = Field(
         default=None,
-        description="`finance`, `medicine`, `education`, or a YAML file of your own: wordings, terms, red lines.",
+        description="`finance`, `medicine`, `education`, `law`, or your own YAML file: wordings, terms, red lines.",
     )
     data: DataConfig
     clean: CleanConfig = CleanConfig()
@@ -50,6 +51,7 @@ class Recipe(Section):
     evaluate: EvaluateConfig = EvaluateConfig()
     sweep: SweepConfig = SweepConfig()
     serve: ServeConfig = ServeConfig()
+    scale: ScaleConfig = ScaleConfig()
 
     @model_validator(mode="after")
     def _consistent(self) -> Recipe:

@@ -15,4 +15,5 @@ Size = Annotated[int, Field(ge=0)] | Fraction
 class Section(BaseModel):
     """Strict: no unknown keys, no silent conversion between types, no change after validation."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
+    # Defaults are validated too: 3 and 3.0 would give a stage two keys.
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False, validate_default=True)

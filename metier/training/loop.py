@@ -28,7 +28,7 @@ from metier.training import ranks
 from metier.training.checkpoint import Progress, load_checkpoint, save_checkpoint
 from metier.training.pack import PackedBatch, pack_batches
 from metier.training.schedule import Plan, learning_rate_at, records_of_step, seed_of
-from metier.training.step import StepResult, mean_loss, train_step
+from metier.training.step import OutOfMemory, StepResult, mean_loss, train_step
 from metier.training.stop import StopRequest
 from metier.training.track import Metrics
 
@@ -81,30 +81,32 @@ class Trainer:
 
     def step(self) -> StepResult:
         """The next optimizer step; afterwards `progress` counts it."""
-        try:
-            result = self.attempt()
-        except (RuntimeError, MemoryError) as error:
-            if not is_out_of_memory(error):
-                raise
-            reason = str(error).splitlines()[0]
-            # The frames of the failed pass hold its activations.
-            error.__traceback__ = None
-        else:
-            return self.counted(result)
-        self._step_back(reason)
-        return self.step()
+        return self.counted(self.attempt())
 
     def batches(self) -> list[PackedBatch]:
         """This rank's passes of the next step, on the device."""
-        chosen = [self.train_records[i] for i in records_of_step(self.plan, self.seed, self.progress.step)]
-        mine = ranks.share(chosen, [record.num_tokens for record in chosen])
-        batches = pack_batches(mine, self.progress.micro_batch_tokens, self.config.micro_batch_size)
+        number = self.progress.step
+        chosen = [self.train_records[i] for i in records_of_step(self.plan, self.seed, number)]
+        places = ranks.share(range(len(chosen)), [record.num_tokens for record in chosen])
+        # By its place in the step: a record's dropout is the same in any pass of any rank.
+        keys = [seed_of("dropout", self.seed, number, place) & 0x7FFFFFFF for place in places]
+        batches = pack_batches(
+            [chosen[place] for place in places], self.progress.micro_batch_tokens, self.config.micro_batch_size, keys
+        )
         return [batch.to(self.base.device) for batch in batches]
 
     def attempt(self) -> StepResult:
-        """The next step, not counted yet."""
-        own = [ranks.rank()] if ranks.rank() else []
-        torch.manual_seed(seed_of("dropout", self.seed, self.progress.step, *own))
+        """The next step, not counted yet; in smaller passes where memory runs out."""
+        try:
+            return self._train_step()
+        except OutOfMemory as error:
+            reason = str(error)
+        self._step_back(reason)
+        return self.attempt()
+
+    def _train_step(self) -> StepResult:
+        # For an architecture with dropout of its own.
+        torch.manual_seed(seed_of("dropout", self.seed, self.progress.step))
         return train_step(
             self.model, self.optimizer, self.batches(), learning_rate=self.learning_rate,
             max_grad_norm=self.config.max_grad_norm, scaler=self.scaler,
@@ -130,18 +132,12 @@ class Trainer:
         """After running out of memory: half the tokens a pass, then recomputation, then a sentence.
 
         Weights, optimizer and step are as they were, and a step's records stay the same: the step is only cut
-        into more passes.
+        into more passes. Every rank comes here together, and finds the same.
         """
         progress = self.progress
         self.optimizer.zero_grad(set_to_none=True)
         if self.base.device.type == "cuda":
             torch.cuda.empty_cache()
-        if ranks.size() > 1:
-            raise RunError(
-                f"rank {ranks.rank()} ran out of memory in step {progress.step + 1} ({reason})",
-                hint=f"set `train.micro_batch_tokens` to {max(1, progress.micro_batch_tokens // 2)} or "
-                "`train.recompute: full`, and start again: the run goes on from its last checkpoint",
-            )
         chosen = records_of_step(self.plan, self.seed, progress.step)
         longest = max(self.train_records[i].num_tokens for i in chosen)
         if not progress.step_backs and progress.micro_batch_tokens > longest:
@@ -259,11 +255,6 @@ class Trainer:
             if is_stopping:
                 return True
         return False
-
-
-def is_out_of_memory(error: BaseException) -> bool:
-    """Whether a GPU's or the host's memory ran out: torch raises a plain RuntimeError for the latter."""
-    return isinstance(error, torch.OutOfMemoryError | MemoryError) or "can't allocate memory" in str(error)
 
 
 def _log_nothing(**values: float) -> int:

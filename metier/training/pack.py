@@ -20,7 +20,7 @@ class PackedBatch:
     """One pass: input_ids, position_ids [1, T] int64; the N positions that carry loss and their targets [N] int64.
 
     `lengths` are the records' tokens, in their order in the row. loss_weights [N] fp32 is how much each loss counts;
-    None where all count the same.
+    None where all count the same. row_keys [T] int32, if any, decide dropout's masks.
     """
 
     input_ids: torch.Tensor
@@ -29,6 +29,7 @@ class PackedBatch:
     loss_targets: torch.Tensor
     lengths: tuple[int, ...]
     loss_weights: torch.Tensor | None = None
+    row_keys: torch.Tensor | None = None
 
     @property
     def num_tokens(self) -> int:
@@ -51,6 +52,7 @@ class PackedBatch:
             self.loss_targets.to(device, non_blocking=True),
             self.lengths,
             None if self.loss_weights is None else self.loss_weights.to(device, non_blocking=True),
+            None if self.row_keys is None else self.row_keys.to(device, non_blocking=True),
         )
 
 
@@ -73,8 +75,11 @@ def pack(lengths: Sequence[int], max_tokens: int, max_records: int) -> list[list
     return rows
 
 
-def collate(records: Sequence[Rendered]) -> PackedBatch:
-    """Lays records end to end. The target of a position is the next token's label, within its record alone."""
+def collate(records: Sequence[Rendered], keys: Sequence[int] | None = None) -> PackedBatch:
+    """Lays records end to end. The target of a position is the next token's label, within its record alone.
+
+    `keys`, one a record, become its tokens' row_keys.
+    """
     input_ids: list[int] = []
     position_ids: list[int] = []
     positions: list[int] = []
@@ -94,10 +99,22 @@ def collate(records: Sequence[Rendered]) -> PackedBatch:
         torch.tensor(positions, dtype=torch.int64), torch.tensor(targets, dtype=torch.int64),
         tuple(record.num_tokens for record in records),
         torch.tensor(weights) if any(weight != 1 for weight in weights) else None,
+        None if keys is None else _row_keys(records, keys),
     )  # fmt: skip
 
 
-def pack_batches(records: Sequence[Rendered], max_tokens: int, max_records: int) -> list[PackedBatch]:
-    """`pack` and `collate` in one: the passes that these records need."""
+def _row_keys(records: Sequence[Rendered], keys: Sequence[int]) -> torch.Tensor:
+    """int32 [T] of any keys: one a token, from its record's key and its place in the record."""
+    rows = [
+        (torch.arange(record.num_tokens) * 0x9E3779B1 + key) & 0xFFFFFFFF
+        for record, key in zip(records, keys, strict=True)
+    ]
+    return (torch.cat(rows) - (1 << 31)).to(torch.int32)
+
+
+def pack_batches(
+    records: Sequence[Rendered], max_tokens: int, max_records: int, keys: Sequence[int] | None = None
+) -> list[PackedBatch]:
+    """`pack` and `collate` in one: the passes that these records need. `keys`, one a record, are below 2^31."""
     rows = pack([r.num_tokens for r in records], max_tokens, max_records)
-    return [collate([records[i] for i in row]) for row in rows]
+    return [collate([records[i] for i in row], None if keys is None else [keys[i] for i in row]) for row in rows]

@@ -4,8 +4,7 @@ Every rank holds the base and the adapter. A step's records are divided over the
 token counts and gradients are added up, so each rank makes the same update as one process would on all the
 records. Rank 0 alone writes. In a single process every function here does nothing.
 
-Limits: the run's folder and the base must be reachable by every rank; dropout draws its masks by rank, so with
-dropout two ranks differ from one as two seeds do.
+Limits: the run's folder and the base must be reachable by every rank, and every rank holds the whole base.
 """
 
 from __future__ import annotations

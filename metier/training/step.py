@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 
 from metier.kernels.reference import cross_entropy_sum
 from metier.model.fused import FusedModel
+from metier.model.lora import LoRALinear
 from metier.training import ranks
 from metier.training.pack import PackedBatch
 
@@ -28,6 +29,10 @@ class StepResult:
     num_tokens: int
     num_loss_tokens: int
     is_skipped: bool
+
+
+class OutOfMemory(Exception):
+    """A pass of this step ran out of memory, on this rank or another; raised on every rank."""
 
 
 def loss_sum(model: Any, batch: PackedBatch) -> torch.Tensor:
@@ -59,7 +64,8 @@ def train_step(
 ) -> StepResult:
     """Forward and backward over `batches`, clip, update. A step with NaN or inf leaves the weights as they were.
 
-    With several ranks, `batches` are this rank's part of the step; the result is of all of them.
+    With several ranks, `batches` are this rank's part of the step; the result is of all of them. Raises `OutOfMemory`
+    on all of them when a pass of one did not fit; weights and optimizer are then as they were.
     `scaler` scales the loss for fp16 and is disabled otherwise.
     """
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
@@ -70,40 +76,90 @@ def train_step(
         sum(batch.loss_weight for batch in batches),
     )
     weight = scaler.scale(torch.full_like(total, 1 / loss_weight))
-    for batch in batches:
-        total += accumulate(model, batch, weight)
+    reason = ""
+    try:
+        for batch in batches:
+            total += accumulate(model, batch, weight)
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error):
+            raise
+        reason = (str(error).splitlines() or ["memory"])[0]
+    # The failed pass's activations are free from here on. The ranks agree before they add up gradients.
+    if ranks.size() > 1:
+        loss_of_all, num_failed = ranks.totals(0.0 if reason else float(total), bool(reason))
+        if num_failed:
+            raise OutOfMemory(reason or "another rank ran out of memory")
+    elif reason:
+        raise OutOfMemory(reason)
     ranks.sum_gradients(parameters)
-    (loss_of_all,) = ranks.totals(float(total))
-    counts = StepResult(loss_of_all / loss_weight, 0.0, int(num_tokens), int(num_loss_tokens), False)
-    return update(optimizer, counts, learning_rate=learning_rate, max_grad_norm=max_grad_norm, scaler=scaler)
+    # Of several ranks the loss is known already; of one it may still be on its way.
+    loss = total if ranks.size() == 1 else torch.tensor(loss_of_all, dtype=torch.float64)
+    loss_value, grad_norm, is_finite = update(
+        optimizer, loss, learning_rate=learning_rate, max_grad_norm=max_grad_norm, scaler=scaler
+    )
+    return StepResult(loss_value / loss_weight, grad_norm, int(num_tokens), int(num_loss_tokens), not is_finite)
 
 
 def update(
     optimizer: torch.optim.Optimizer,
-    counts: StepResult,
+    loss: torch.Tensor,
     *,
     learning_rate: float,
     max_grad_norm: float,
     scaler: torch.amp.GradScaler,
-) -> StepResult:
-    """Clips the gradients that are there, and steps; `counts` come back with the norm, and whether it was skipped."""
-    scaler.unscale_(optimizer)
+) -> tuple[float, float, bool]:
+    """Clips the gradients that are there, and steps unless they or `loss`, a scalar, are not finite.
+
+    Returns the loss, the norm before clipping, and whether both were finite.
+    """
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
-    grad_norm = torch.nn.utils.clip_grad_norm_(parameters, max_grad_norm)
-    is_finite = bool(torch.isfinite(grad_norm)) and math.isfinite(counts.loss)
-    if is_finite:
-        for group in optimizer.param_groups:
-            group["lr"] = learning_rate
-        scaler.step(optimizer)
-    scaler.update()
+    for group in optimizer.param_groups:
+        group["lr"] = learning_rate
+    if loss.is_cuda and not scaler.is_enabled():
+        loss_value, grad_norm = _update_unseen(optimizer, parameters, max_grad_norm, loss)
+        is_finite = math.isfinite(grad_norm) and math.isfinite(loss_value)
+    else:
+        loss_value = float(loss)
+        scaler.unscale_(optimizer)
+        grad_norm = float(torch.nn.utils.clip_grad_norm_(parameters, max_grad_norm))
+        is_finite = math.isfinite(grad_norm) and math.isfinite(loss_value)
+        if is_finite:
+            scaler.step(optimizer)
+        scaler.update()
     optimizer.zero_grad(set_to_none=True)
-    return replace(counts, grad_norm=float(grad_norm), is_skipped=not is_finite)
+    return loss_value, grad_norm, is_finite
+
+
+def _update_unseen(
+    optimizer: Any, parameters: list[torch.Tensor], max_grad_norm: float, loss: torch.Tensor
+) -> tuple[float, float]:
+    """Clips and updates without waiting for the numbers: the GPU itself leaves a step with NaN or inf out.
+
+    That is what fused optimizers do for torch's loss scaler, which sets the same attribute. Returns loss and norm.
+    """
+    norm = torch.nn.utils.clip_grad_norm_(parameters, max_grad_norm)
+    numbers = torch.stack([loss.to(norm.dtype), norm])
+    optimizer.grad_scale, optimizer.found_inf = None, (~numbers.isfinite()).any().to(torch.float32)
+    try:
+        optimizer.step()
+    finally:
+        del optimizer.grad_scale, optimizer.found_inf
+    loss_value, norm_value = numbers.tolist()
+    return loss_value, norm_value
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether a GPU's or the host's memory ran out: torch raises a plain RuntimeError for the latter."""
+    return isinstance(error, torch.OutOfMemoryError | MemoryError) or "can't allocate memory" in str(error)
 
 
 def accumulate(model: Any, batch: PackedBatch, weight: torch.Tensor) -> torch.Tensor:
     """The pass's `loss_sum`, detached, after adding its gradient times `weight` to the adapter's."""
     if isinstance(model, FusedModel):
         return model.accumulate(batch, weight)
+    for module in model.modules():
+        if isinstance(module, LoRALinear):
+            module.row_keys = batch.row_keys
     loss = loss_sum(model, batch)
     torch.autograd.backward(loss * weight)
     return loss.detach()

@@ -20,9 +20,9 @@ import torch
 from metier.errors import RunError
 from metier.model.fused import FusedModel
 from metier.model.load import Base
-from metier.training.loop import Trainer, is_out_of_memory
+from metier.training.loop import Trainer
 from metier.training.pack import PackedBatch
-from metier.training.step import StepResult, update
+from metier.training.step import StepResult, is_out_of_memory, update
 
 Span = tuple[int, int, int]
 
@@ -102,7 +102,6 @@ class Together:
     def _attempt(self, sharing: list[Trainer]) -> list[StepResult]:
         assert self.fused is not None
         steps = [trainer.batches() for trainer in sharing]
-        counts = [sum(batch.num_loss_tokens for batch in step) for step in steps]
         shares = [sum(batch.loss_weight for batch in step) for step in steps]
         weights = [
             trainer.scaler.scale(torch.full((), 1 / share, device=self.base.device))
@@ -118,15 +117,16 @@ class Together:
             torch.autograd.backward(losses, torch.cat(each).to(losses.dtype))
             for (number, _), own in zip(sizes, torch.split(losses.detach(), [size for _, size in sizes]), strict=True):
                 totals[number] += own.sum()
-        summed = torch.stack(totals).tolist()
-        return [
-            update(
-                trainer.optimizer,
-                StepResult(loss / share, 0.0, sum(batch.num_tokens for batch in step), count, False),
-                learning_rate=trainer.learning_rate, max_grad_norm=trainer.config.max_grad_norm, scaler=trainer.scaler,
-            )
-            for trainer, step, count, share, loss in zip(sharing, steps, counts, shares, summed, strict=True)
-        ]  # fmt: skip
+        results = []
+        for trainer, step, share, total in zip(sharing, steps, shares, totals, strict=True):
+            loss, grad_norm, is_finite = update(
+                trainer.optimizer, total, learning_rate=trainer.learning_rate,
+                max_grad_norm=trainer.config.max_grad_norm, scaler=trainer.scaler,
+            )  # fmt: skip
+            num_tokens = sum(batch.num_tokens for batch in step)
+            num_loss_tokens = sum(batch.num_loss_tokens for batch in step)
+            results.append(StepResult(loss / share, grad_norm, num_tokens, num_loss_tokens, not is_finite))
+        return results
 
 
 def companies(steps: Sequence[Sequence[PackedBatch]], budget: int) -> list[list[tuple[int, PackedBatch]]]:

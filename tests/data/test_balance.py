@@ -177,8 +177,13 @@ def test_a_variant_differs_from_its_parent_in_the_prompt_alone(method: Any) -> N
         record(3, "fasting glucose 5.6 mmol/L during pregnancy", "Obstetrics"),
         record(4, "患者王小明，2024年3月12日就诊于华信医院。", "内分泌科"),
     ]
-    made = augment(records, AugmentConfig(methods=[method], copies=2), MEDICINE, seed=0, task="classification")
-    assert made == augment(records, AugmentConfig(methods=[method], copies=2), MEDICINE, seed=0, task="classification")
+
+    def once() -> list[Record]:
+        config = AugmentConfig(methods=[method], copies=2)
+        return augment(records, config, MEDICINE, seed=0, task="classification", rewritten={})
+
+    made = once()
+    assert made == once()
     for variant in made:
         parent = variant.parent
         assert parent in records and variant.prompt != parent.prompt and variant.method == method

@@ -109,6 +109,12 @@ def test_records_are_left_out_with_the_rule_that_says_so() -> None:
         5: "answer is empty after cleaning",
         6: "text that was read in a wrong encoding (mojibake)",
     }
+    report = cleaned.report(config)
+    assert {rule: report[rule]["records"] for rule in ("min_chars", "max_chars", "languages", "mojibake")} == {
+        "min_chars": 1, "max_chars": 1, "languages": 1, "mojibake": 1,
+    }  # fmt: skip
+    assert report["languages"]["setting"] == "en" and report["min_chars"]["examples"] == ["a.csv:1"]
+    assert clean([], CleanConfig()).report(CleanConfig())["max_chars"]["setting"] is False
 
 
 def test_a_kept_finding_is_counted_with_its_places() -> None:
@@ -148,6 +154,8 @@ def test_script_is_converted_by_phrases() -> None:
     pytest.importorskip("opencc")
     cleaned = clean([record("頭髮與發展")], CleanConfig(script="simplified"))
     assert cleaned.records[0].prompt == "头发与发展" and cleaned.found["script"] == ["a.csv:1"]
+    damaged = clean([record("锟斤拷 我的卡")], CleanConfig(script="traditional", mojibake="reject"))
+    assert not damaged.records and damaged.found["mojibake"] == ["a.csv:1"]
 
 
 def test_cleaning_stands_in_manifest_and_card_and_every_row_is_accounted_for(tmp_path: Path) -> None:

@@ -87,6 +87,12 @@ def test_an_encoding_that_is_not_looked_for_is_a_sentence(text: str, encoding: s
         detect_encoding(raw, raw, Path("a.csv"))
 
 
+def test_one_character_again_and_again_does_not_tell_gb18030_from_big5() -> None:
+    raw = "text,label\n跌],a\n跌],b\n跌],a\n跌],b\n".encode("gb18030")
+    with pytest.raises(DataError, match="too short to tell"):
+        detect_encoding(raw, raw, Path("a.csv"))
+
+
 @pytest.mark.parametrize("text", ["سؤال,جواب\n", "Привет,да\n", "질문,답변\n", "é,a\n", "คำถาม,คำตอบ\n", "😀,👍🏽\n"])
 def test_short_utf8_of_any_script_is_utf8(text: str) -> None:
     assert detect_encoding(text.encode(), text.encode(), Path("a.csv")).codec == "utf-8"
@@ -170,6 +176,12 @@ def test_no_damage_breaks_a_reader(tmp_path: Path, name: str, data: st.DataObjec
     for _ in range(data.draw(st.integers(1, 3))):
         good[data.draw(st.integers(0, len(good) - 1))] = data.draw(st.integers(0, 255))
     check_nothing_is_lost(tmp_path / name, bytes(good[: data.draw(st.integers(1, len(good)))]))
+
+
+def test_a_workbook_of_a_later_zip_version_is_a_sentence_or_rows(tmp_path: Path) -> None:
+    raw = bytearray(WHOLE["a.xlsx"]())
+    raw[raw.index(b"PK\x01\x02") + 6] = 251
+    check_nothing_is_lost(tmp_path / "a.xlsx", bytes(raw))
 
 
 cell = st.text(st.characters(codec="utf-8", exclude_characters="\0\r", exclude_categories=["Cs"]), max_size=12)

@@ -21,7 +21,7 @@ def recipe_of(config: DataConfig, *, seed: int = 0, **sections: Any) -> Recipe:
 
 
 def key_of(config: DataConfig, *, seed: int = 0) -> str:
-    return dataset_key(recipe_of(config, seed=seed), Path("nowhere/dataset"))
+    return dataset_key(recipe_of(config, seed=seed), Path("nowhere/dataset"))[0]
 
 
 def make(folder: Path, config: DataConfig, *, seed: int = 0, **sections: Any) -> dict[str, Any]:

@@ -111,7 +111,7 @@ def test_forgetting_compares_both_languages(make_run: Make, specialist: Speciali
     assert found["right_refusals"]["outcome"] == "not enough data"
     # A random adapter on a random base: the text's likelihood changes, and by how much is known.
     assert found["general_text_en"]["delta"] != 0
-    assert forgetting([], Design(100, 0)) == {}
+    assert forgetting([], [], Design(100, 0)) == {}
 
 
 def test_gates_without_their_measure_are_refused_and_a_crossed_one_is_marked(

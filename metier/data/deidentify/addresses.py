@@ -18,7 +18,7 @@ _L = "A-Za-z\u00c0-\u024f"
 _CAP = rf"[A-Z\u00c0-\u00de][{_L}'.-]*"
 _NUMBER = r"(?:No\.? ?|#)?\d{1,6}(?:[A-Za-z]\b|[-/]\d{1,4}[A-Za-z]?)?"
 _UNIT = (
-    r"(?:[, ]+\n?(?:Apt|Apartment|Suite|Ste|Unit|Flat|Floor|Fl|Room|Rm|Bldg|Building|Dept|Box|"
+    r"(?:[, ]+\n?(?i:Apt|Apartment|Suite|Ste|Unit|Flat|Floor|Fl|Room|Rm|Bldg|Building|Dept|Box|"
     r"#)\.? ?#?[A-Za-z]?\d*[A-Za-z]?\b)"
 )
 _DIRECTION = r"(?:[NSEW]{1,2}\.?|North|South|East|West)"
@@ -57,7 +57,7 @@ def _streets() -> re.Pattern[str]:
         rf"(?=,? ?\n? ?(?:[A-Z]{{1,3}}-)?\d{{2,5}}[- ]?\d{{0,3}} ?[A-Z])"
         rf"|(?:{_NUMBER}),? (?:{_CAP}[ ,]+){{1,3}}(?=\d{{3,6}}\b)"
         rf"|(?:USS|USNS|USNV|USCGC|USNV|CMR) {_CAP}"
-        rf"|(?i:P\.? ?O\.? ?Box|Postfach|Apartado|PSC|Unit) ?#?\d{{1,6}}(?:,? Box \d+)?"
+        rf"|(?i:P\.? ?O\.? ?Box|Postfach|Apartado|PSC) ?#?\d{{1,6}}(?:,? Box \d+)?|Unit \d{{1,6}},? Box \d+"
         rf"|(?:{_CAP} ){{1,3}}(?:Street|Avenue|Road|Boulevard|Lane|Drive|Terrace|Crescent|Parkway)\b(?!\.\w)"
         rf"|(?:{_CAP} )?{_CAP}(?:straße|strasse|gasse|straat|laan|gatan|vägen|gade|vej|katu|utca)\b(?!-)"
         rf"|(?:Suite|Apt\.?|Apartment) \d{{1,5}}[A-Z]?\b){_UNIT}?"
@@ -92,7 +92,7 @@ def find_addresses(text: str) -> Iterator[Span]:
         end, has_number = match.end(), any(char.isdigit() for char in match.group()) or match.group().startswith("US")
         for _ in range(6):
             tail = _TAIL.match(text, end)
-            if tail is None or not has_number:
+            if tail is None or not has_number or text[tail.end() : tail.end() + 1] == ":":
                 break
             end = tail.end()
         yield Span(match.start(), end, "ADDRESS", 0.88 if has_number else 0.6)

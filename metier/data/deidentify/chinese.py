@@ -98,8 +98,8 @@ def candidates(text: str, tagged: list[Token]) -> Iterator[tuple[int, int, int, 
         start, size = match.start(), match.end() - match.start()
         for given in (0, 1, 2) if text[match.end() : match.end() + 1] in _title_starts() else (1, 2):
             rest = text[match.end() : match.end() + given]
-            is_han = len(rest) == given and all("\u4e00" <= char <= "\u9fff" for char in rest)
-            if is_han and rest not in titles:
+            is_han = not given or "\u4e00" <= rest[:1] <= "\u9fff" and "\u4e00" <= rest[-1:] <= "\u9fff"
+            if is_han and len(rest) == given and rest not in titles:
                 yield start, size, given, cuts
 
 
@@ -144,23 +144,37 @@ def _points(text: str, start: int, size: int, given: int, cuts: Cuts) -> float:
     """How much speaks for the name of `size` surname and `given` further characters at `start`: log odds."""
     if given == 0:
         return _title_points(text, start, size, cuts.word_at)
-    weights = _weights()
-    return sum(weights.get(mark, 0.0) for mark in marks(text, start, size, given, cuts))
+    weights, points = _weights(), 0.0
+    for mark in marks(text, start, size, given, cuts):
+        points += weights.get(mark, 0.0)
+        if mark.startswith("right ") and points + _best_rest() <= MIN_POINTS:
+            break  # nothing that is still to be seen would make it a name
+    return points
 
 
-def marks(text: str, start: int, size: int, given: int, cuts: Cuts) -> list[str]:
+@cache
+def _best_rest() -> float:
+    """No less than what the marks after the right one can add: a left one, and where the dictionary cuts."""
+    best: dict[str, float] = {}
+    for mark, weight in _weights().items():
+        kind = " ".join(mark.split()[:2]) if mark.startswith("cut ") else mark.split()[0]
+        best[kind] = max(best.get(kind, 0.0), weight)
+    return best["left"] + sum(weight for kind, weight in best.items() if kind.startswith("cut "))
+
+
+def marks(text: str, start: int, size: int, given: int, cuts: Cuts) -> Iterator[str]:
     """What is seen of a candidate; each mark has its weight in zh_name_weights.yaml."""
     end = start + size + given
     grammar = text[start] in cues("zh_grammar_surnames")
     surname = "double" if size == 2 else "grammar" if grammar else "word" if text[start] in _rare() else "single"
     known = sum(char in _given() for char in text[start + size : end])
-    found = ["bias", f"surname {surname}", f"given {known} of {given}", f"left {_left(text, start, cuts.word_at)}"]
-    found.append(f"right {_right(text, end, cuts.word_at)}")
+    yield from ("bias", f"surname {surname}", f"given {known} of {given}", f"right {_right(text, end, cuts.word_at)}")
+    yield f"left {_left(text, start, cuts.word_at)}"
     if text[start:end] in word_set("zh_words"):
-        found.append("is a word")
+        yield "is a word"
     if size == 1 and text[start : start + 2] in word_set("zh_terms"):
-        found.append("begins with a term")
-    return found + _cut_marks(start, end, size, cuts)
+        yield "begins with a term"
+    yield from _cut_marks(start, end, size, cuts)
 
 
 def _cut_marks(start: int, end: int, size: int, cuts: Cuts) -> list[str]:

@@ -12,8 +12,9 @@ from collections.abc import Iterable, Iterator, Sequence
 from metier.data.deidentify.addresses import find_addresses
 from metier.data.deidentify.chinese import find_chinese_names
 from metier.data.deidentify.chinese_places import find_organisations, find_places
-from metier.data.deidentify.english import LETTER, find_english, is_name_like
+from metier.data.deidentify.english import LETTER, companions, find_english
 from metier.data.deidentify.english_places import find_english_places
+from metier.data.deidentify.models import plausible
 from metier.data.deidentify.patterns import LABEL, find_patterns
 from metier.data.deidentify.rampart import find_rampart
 from metier.data.deidentify.spans import Span, fold, resolve, unfold
@@ -27,6 +28,7 @@ _LATIN = re.compile("[A-Za-z\u00c0-\u024f]{2}")
 PART = 4_000
 # A run of letters as long as this is no word, and names are not looked for in it.
 _NO_WORD = re.compile(f"[{LETTER}'-]{{64,}}")
+_ADDRESS_GAP = re.compile(r"[, \n]{1,3}")
 _WORD = re.compile(r"[^\W\d_]+")
 _EDGE = " \t\n\r,.;:、,。;:\"'"
 
@@ -48,8 +50,8 @@ def detect_together(texts: Sequence[str], language: str = "auto", more: Sequence
     result = []
     for (text, offsets), (spans, protected) in zip(folded, found, strict=True):
         spans = [s for s in spans + _again(text, names) if not any(a <= s.start and s.end <= b for a, b in protected)]
-        apart = _trimmed(text, resolve(_trimmed(text, spans)))
-        result.append(unfold([s for s in apart if s.end - s.start > 1 or s.score >= SURE], offsets))
+        apart = [s for s in _trimmed(text, resolve(_trimmed(text, spans))) if s.end - s.start > 1 or s.score >= SURE]
+        result.append(unfold(_whole_addresses(text, sorted([*apart, *companions(text, apart)])), offsets))
     return result
 
 
@@ -90,7 +92,7 @@ def _read(text: str, zh: bool, en: bool, more: Sequence[str]) -> tuple[list[Span
         words = _NO_WORD.sub(lambda match: "x" * len(match.group()), text)
         found, terms = find_english(words)
         found += find_english_places(words)
-        found += [s for s in find_rampart(text) if is_name_like(text, s)] if "rampart" in more else []
+        found += plausible(text, find_rampart(text)) if "rampart" in more else []
         spans += [s for s in found if s.score >= 0.9 or s.entity_type not in NAMED or not _inside(s, terms)]
         spans += find_addresses(words)
     if "[" in text:
@@ -138,6 +140,19 @@ def _again(text: str, names: set[str]) -> list[Span]:
     return found
 
 
+def _whole_addresses(text: str, spans: Iterable[Span]) -> list[Span]:
+    """The spans with an address and the towns behind it as one: 742 Evergreen Terrace, Springfield."""
+    whole: list[Span] = []
+    for span in spans:
+        last = whole[-1] if whole else None
+        joins = last and last.entity_type == "ADDRESS" and span.entity_type in ("ADDRESS", "LOCATION")
+        if last and joins and _ADDRESS_GAP.fullmatch(text, last.end, span.start):
+            whole[-1] = Span(last.start, span.end, "ADDRESS", max(last.score, span.score))
+        else:
+            whole.append(span)
+    return whole
+
+
 def _trimmed(text: str, spans: Iterable[Span]) -> Iterator[Span]:
     """The spans without punctuation at their ends; what was nothing else is left out."""
     for span in spans:
@@ -146,5 +161,7 @@ def _trimmed(text: str, spans: Iterable[Span]) -> Iterator[Span]:
             start += 1
         while end > start and text[end - 1] in _EDGE:
             end -= 1
-        if end > start:
+        if end - start == span.end - span.start:
+            yield span
+        elif end > start:
             yield Span(start, end, span.entity_type, span.score)

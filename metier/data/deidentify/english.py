@@ -15,7 +15,7 @@ from metier.data.deidentify.lexicon import cues, word_set, words
 from metier.data.deidentify.spans import Span
 
 LETTER = "A-Za-z\u00c0-\u024f"
-_WORD = re.compile(rf"(?<![0-9{LETTER}])[{LETTER}]+(?:['-][{LETTER}]+)*(?![0-9{LETTER}])")
+WORD = re.compile(rf"(?<![0-9{LETTER}])[{LETTER}]+(?:['-][{LETTER}]+)*(?![0-9{LETTER}])")
 _ORG_MORE = re.compile(r"(?:\.?,? ?(?:& )?(?:Co|KGaA|KG|OHG|OG|GesbR|mbH|Inc|Ltd|LLC|LLP|S\.?A|AG)\b\.?)+")
 _ORG_CUES = re.compile(
     r"\b(?:work(?:s|ed|ing)? (?:at|for|with)|employ(?:ed|er|ee)s? (?:by|at|of|is|:)|job at|position at|"
@@ -29,7 +29,7 @@ _BEFORE = re.compile(
     r"(?:\b(?:name is|named|name's|I'm|I am|this is|it's|called|call me|signed|sincerely|regards|cheers|"
     r"thanks|thank you|thx|best|dear|hi|hello|hey|attn|attention|contact|contact person|patient|client|"
     r"customer|student|teacher|employee|"
-    r"nurse|doctor|physician|surgeon|attorney|lawyer|tenant|landlord|guarantor|borrower|beneficiary|"
+    r"nurse|tutor|pupil|coach|trainer|lecturer|trustee|reviewer|signature|present|absent|witnesses|doctor|physician|surgeon|attorney|lawyer|tenant|landlord|guarantor|borrower|beneficiary|"
     r"applicant|witness|plaintiff|defendant|author|authors|spoke (?:with|to)|talk(?:ed|ing)? (?:with|to)|"
     r"met(?: with)?|ask(?:ed)?|tell|told|call(?:ed)?|"
     r"email(?:ed)?|text(?:ed)?|invite[ds]?|wife|husband|spouse|mother|father|mom|dad|son|daughter|brother|"
@@ -43,6 +43,14 @@ _IN = re.compile(r"\b(?:in|near|from|to|at|visit|visiting|around|outside|for|of)
 _WEAK = re.compile(
     r"\b(?:by|from|to|with|between|and|for|thanks|best|it's|call(?:ed)?|attention)[:,]?[ \n\"'(-]{1,3}$", re.IGNORECASE
 )
+# What ends a company's name and nothing else's.
+COMPANY_FORMS = {
+    "inc", "llc", "llp", "ltd", "limited", "corp", "corporation", "plc", "gmbh", "ag",
+    "sons", "pty", "bv", "nv", "ohg", "mbh", "kg", "co",
+}  # fmt: skip
+SURE_BESIDE = 0.6
+_BESIDE_BEFORE = re.compile(rf"(?<![{LETTER}.-])([A-Z][a-z\u00df-\u024f'-]+)(?:,? and| or| &) $")
+_BESIDE_AFTER = re.compile(rf"(?:,? and| or| &) ([A-Z][a-z\u00df-\u024f'-]+)(?![{LETTER}-]| [A-Z])")
 _SELF = re.compile(
     rf"\b(?i:my name is|my name's|i am called|name:|named|call me|signed,?|mr\.?|mrs\.?|ms\.?|dr\.?|"
     rf"dear) ((?:[{LETTER}]+(?:['-][{LETTER}]+)*\.?)(?: [{LETTER}]\b\.?)?(?: [{LETTER}]+(?:['-][{LETTER}]+)*)?)"
@@ -82,9 +90,10 @@ def _word_ends() -> tuple[str, ...]:
 
 
 @cache
-def _terms() -> re.Pattern[str]:
-    terms = sorted(words("en_terms"), key=len, reverse=True)
-    return re.compile(rf"(?<![{LETTER}])(?:{'|'.join(map(re.escape, terms))})(?![{LETTER}])")
+def terms() -> re.Pattern[str]:
+    """The terms of the fields, which are never names."""
+    long = sorted(words("en_terms"), key=len, reverse=True)
+    return re.compile(rf"(?<![{LETTER}])(?:{'|'.join(map(re.escape, long))})(?![{LETTER}])")
 
 
 Run = list[re.Match[str]]
@@ -92,7 +101,7 @@ Run = list[re.Match[str]]
 
 def find_english(text: str) -> tuple[list[Span], list[tuple[int, int]]]:
     """Spans of folded `text`, and the ranges of domain terms."""
-    protected = [match.span() for match in _terms().finditer(text)]
+    protected = [match.span() for match in terms().finditer(text)]
     spans: list[Span] = []
     if not text.islower():
         shouting = text.isupper()
@@ -102,21 +111,30 @@ def find_english(text: str) -> tuple[list[Span], list[tuple[int, int]]]:
     return spans, protected
 
 
-def is_name_like(text: str, span: Span) -> bool:
-    """Whether a span that a model found may be a name: not a term, an eponym of a disease, or everyday words alone."""
-    if _head_after(text, span.end) or any(
-        m.start() <= span.start and span.end <= m.end() for m in _terms().finditer(text)
-    ):
-        return False
-    value = text[span.start : span.end]
-    found = _WORD.findall(value)
-    return any(char.isdigit() for char in value) or any(kind_of(w) not in "wmt" or w[0].islower() for w in found)
+def companions(text: str, found: list[Span]) -> list[Span]:
+    """Names beside sure ones: Frost in `Both Frost and Carter`."""
+    taken = [(span.start, span.end) for span in found]
+    more = []
+    for span in found:
+        if span.entity_type != "PERSON" or span.score < SURE_BESIDE:
+            continue
+        before, after = (
+            _BESIDE_BEFORE.search(text, max(0, span.start - 30), span.start),
+            _BESIDE_AFTER.match(text, span.end),
+        )
+        for match in (before, after):
+            if match is None or any(a < match.end(1) and match.start(1) < b for a, b in taken):
+                continue
+            if kind_of(match.group(1)) in "flb?" and not starts_sentence(text, match.start(1)):
+                more.append(Span(*match.span(1), "PERSON", 0.6))
+                taken.append(match.span(1))
+    return more
 
 
 def _runs(text: str) -> Iterator[Run]:
     """Maximal runs of capitalised words, with lower-case particles (de, van) and `&`, `and` before a capital inside."""
     run: Run = []
-    for word in _WORD.finditer(text):
+    for word in WORD.finditer(text):
         token = word.group()
         gap = text[run[-1].end() : word.start()] if run else ""
         joined = gap in (" ", "-", " & ", "\t", "  ") or (gap == ". " and _may_be_short(run[-1].group())) or gap == "."
@@ -176,6 +194,8 @@ def _kind_in(text: str, word: re.Match[str], shouting: bool) -> str:
     token = word.group()
     if len(token) == 1 and text[word.end() : word.end() + 1] == ".":
         return "i"
+    if token.lower() in cues("en_function") and starts_sentence(text, word.start()):
+        return "w"
     return kind_of(token.title() if shouting else token)
 
 
@@ -205,9 +225,11 @@ def _org_start(text: str, run: Run, lows: list[str], end: int) -> int | None:
     while first < end and (
         lows[first] in cues("en_organisation_generic")
         or lows[first] in cues("en_no_names")
-        or _starts_sentence(text, run[first])
+        or starts_sentence(text, run[first].start())
     ):
-        if kind_of(run[first].group()) in "l?f" and lows[first] not in cues("en_organisation_generic"):
+        own_line = text[run[first].start() - 1 : run[first].start()] == "\n"
+        is_own = kind_of(run[first].group()) in ("l?fb" if own_line else "l?f")
+        if is_own and lows[first] not in cues("en_organisation_generic"):
             break
         first += 1
     own = [
@@ -215,43 +237,27 @@ def _org_start(text: str, run: Run, lows: list[str], end: int) -> int | None:
         for low in lows[first:end]
         if low not in cues("en_organisation_generic") and low not in cues("en_organisation_ends")
     ]
-    strong = lows[end] in (
-        "inc",
-        "llc",
-        "llp",
-        "ltd",
-        "limited",
-        "corp",
-        "corporation",
-        "plc",
-        "gmbh",
-        "ag",
-        "sons",
-        "pty",
-        "bv",
-        "nv",
-        "ohg",
-        "mbh",
-        "kg",
-        "co",
-    )
-    named = [low for low in own if kind_of(low) not in "wm"]
-    return first if own and (strong or named) else None
+    strong = lows[end] in COMPANY_FORMS
+    names = [low for low in own if kind_of(low) not in "wm"]
+    return first if own and (strong or names) else None
 
 
-def _starts_sentence(text: str, word: re.Match[str]) -> bool:
-    before = text[: word.start()].rstrip(" \"'(")
+def starts_sentence(text: str, start: int) -> bool:
+    """Whether what starts at `start` is a sentence's or a line's first word."""
+    before = text[max(0, start - 40) : start].rstrip(" \"'(")
     return not before or before[-1] in ".!?\n:"
 
 
 def _titled(text: str, run: Run, kinds: list[str], i: int) -> Iterator[Span]:
     """What stands after a title is a name, even if it is a word too: Mr. Baker."""
     last = i
+    if run[i + 1 : i + 2] and run[i + 1].group()[0].islower() and not _is_particle(run, i + 1):
+        return  # Mr and Mrs
     while last + 1 < len(run) and last - i < 3 and (kinds[last + 1] != "w" or last == i) and kinds[last + 1] != "m":
         last += 1
     if kinds[min(last, len(run) - 1)] in ("t",) or last == i:
         return
-    if _head_after(text, run[last].end()):
+    if head_after(text, run[last].end()):
         return
     yield Span(run[i + 1].start(), _without_s(run[last]), "PERSON", 0.93)
 
@@ -263,7 +269,12 @@ def _names_in(text: str, run: Run, kinds: list[str], shouting: bool) -> Iterator
         if kinds[i] not in "flb?ci":
             i += 1
             continue
-        if kinds[i] == "b" and _starts_sentence(text, run[i]) and "f" in kinds[i + 1 : i + 2] and len(run) > i + 2:
+        if (
+            kinds[i] == "b"
+            and starts_sentence(text, run[i].start())
+            and "f" in kinds[i + 1 : i + 2]
+            and len(run) > i + 2
+        ):
             i += 1  # Student Brenda Martinez
         j = i
         while j + 1 < len(run) and (kinds[j + 1] in "flb?ci" or _is_particle(run, j + 1)):
@@ -277,11 +288,11 @@ def _names_in(text: str, run: Run, kinds: list[str], shouting: bool) -> Iterator
 
 
 def _is_particle(run: Run, i: int) -> bool:
-    return run[i].group() in cues("en_particles") and i + 1 < len(run)
+    return run[i].group().lower() in cues("en_particles") and i + 1 < len(run)
 
 
 def _score(text: str, stretch: Run, kinds: str, shouting: bool) -> float:
-    if _head_after(text, stretch[-1].end()) or (len(stretch) == 1 and _is_code(stretch[0].group(), shouting)):
+    if head_after(text, stretch[-1].end()) or (len(stretch) == 1 and _is_code(stretch[0].group(), shouting)):
         return 0.0
     start, end = stretch[0].start(), _without_s(stretch[-1])
     before = _BEFORE.search(text[max(0, start - 30) : start])
@@ -289,12 +300,16 @@ def _score(text: str, stretch: Run, kinds: str, shouting: bool) -> float:
     after = _AFTER.match(text, end) is not None
     names = sum(kind in "fl?" for kind in kinds)
     evidence = 0.3 * strong + 0.15 * (before is not None) + 0.2 * after
+    evidence += 0.15 * (kinds == "b" and after and text.startswith("'s", end))
+    only = stretch[0].group() if len(stretch) == 1 else ""
+    if only.lower() in cues("en_function") or (only in word_set("en_countries") and not strong):
+        return 0.0
     if len(kinds.replace("i", "")) >= 2:
         if shouting and "f" not in kinds:
             return 0.2
         has_first = kinds[0] == "f" or (kinds[0] == "b" and stretch[0].group().lower() in word_set("en_first"))
-        base = 0.85 if has_first and names else 0.6 if names >= 2 else 0.5 if has_first else 0.3
-        if _starts_sentence(text, stretch[0]) and kinds[0] == "b" and kinds.count("b") == len(kinds):
+        base = 0.85 if has_first and names else 0.6 if names >= 2 else 0.45 if has_first else 0.3
+        if starts_sentence(text, stretch[0].start()) and kinds[0] == "b" and kinds.count("b") == len(kinds):
             base -= 0.2
         return min(base + evidence, 0.95)
     if kinds.endswith("i") or kinds.startswith("i"):
@@ -306,10 +321,10 @@ def _score(text: str, stretch: Run, kinds: str, shouting: bool) -> float:
     evidence += 0.1 * (kinds == "?" and stretch[0].group().endswith(tuple(cues("en_town_ends"))))
     evidence += 0.3 * (_ORG_CUES.search(text[max(0, start - 24) : start]) is not None)
     evidence += 0.12 * ("-" in stretch[0].group() and kinds == "l")
-    base = {"f": 0.55, "l": 0.42, "?": 0.46, "b": 0.15, "c": 0.5}.get(kinds, 0.0)
-    if _starts_sentence(text, stretch[0]) and not strong:
+    base = {"f": 0.55, "l": 0.45, "?": 0.46, "b": 0.15, "c": 0.5}.get(kinds, 0.0)
+    if starts_sentence(text, stretch[0].start()) and not strong:
         base -= 0.12
-    return min(base + evidence + (0.05 if kinds in "l?" and not _starts_sentence(text, stretch[0]) else 0), 0.9)
+    return min(base + evidence + (0.05 if kinds in "l?" and not starts_sentence(text, stretch[0].start()) else 0), 0.9)
 
 
 def _is_code(word: str, shouting: bool) -> bool:
@@ -317,8 +332,11 @@ def _is_code(word: str, shouting: bool) -> bool:
     return not shouting and len(word) > 1 and word.isupper()
 
 
-def _head_after(text: str, end: int) -> bool:
-    follow = re.match(rf"(?:'s|s')?[ -]([{LETTER}]+)", text[end:])
+def head_after(text: str, end: int) -> bool:
+    """Whether what an eponym is followed by stands at `end`: disease, score."""
+    if text[end - 2 : end] in ("'s", "'S") and _AFTER.match(text, end - 2):
+        return False  # Lopez's number
+    follow = re.match(rf"(?:'s|s')?[ -]([{LETTER}]+)", text[end : end + 40])
     return follow is not None and follow.group(1).lower() in cues("en_heads")
 
 
@@ -337,7 +355,7 @@ def _lower_names(text: str) -> Iterator[Span]:
             if (
                 bare in ("a", "i")
                 or bare.lower() in cues("en_particles")
-                or (bare.islower() and len(bare) > 1 and kind_of(bare) in plain)
+                or (len(bare) > 1 and kind_of(bare) in (plain if bare.islower() else "wmt"))
             ):
                 break
             length += len(part) + 1
@@ -346,7 +364,7 @@ def _lower_names(text: str) -> Iterator[Span]:
             end = match.start(1) + length - 1
             yield Span(match.start(1), end - text[end - 1 : end].count("."), "PERSON", 0.85)
     kinds = _kinds()
-    pairs = list(_WORD.finditer(text)) if text.islower() else []
+    pairs = list(WORD.finditer(text)) if text.islower() else []
     for one, two in zip(pairs, pairs[1:], strict=False):
         if (
             text[one.end() : two.start()] == " "

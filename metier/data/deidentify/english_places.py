@@ -10,45 +10,65 @@ from collections.abc import Iterator
 from functools import cache
 
 from metier.data.deidentify.english import LETTER, kind_of
-from metier.data.deidentify.lexicon import words
+from metier.data.deidentify.lexicon import alternatives, cues, words
 from metier.data.deidentify.spans import Span
 
 # Smith, Jones and Brown; Smith-Jones is read as a name.
-_FIRM = re.compile(rf"[A-Z][{LETTER}'-]+(?:, [A-Z][{LETTER}'-]+)+,? (?:and|&) [A-Z][{LETTER}'-]+")
+_FIRM = re.compile(
+    rf"[A-Z][{LETTER}'-]+(?:, [A-Z][{LETTER}'-]+)+,? (?:and|&) [A-Z][{LETTER}'-]+(?![{LETTER}'-]| [A-Z])"
+)
 _TOWN = re.compile(
     rf"(?<![{LETTER}.])(?:New|North|South|East|West|Port|Lake|Saint|St\.|Mount|Fort|San|Santa|El|Los|"
     rf"Las) ([A-Z][{LETTER}'-]+)"
 )
 _VERSUS = re.compile(rf"((?:[A-Z][{LETTER}'-]+ )*[A-Z][{LETTER}'-]+) vs?\. ((?:d[aeu] )?[A-Z][{LETTER}'-]+)")
 _FORM = re.compile(
-    rf"(?:[A-Z\u00c0-\u00de][{LETTER}'-]+,? (?:& |and )?){{1,5}}(?:A/S|ApS|s\.r\.o|a\.s|d\.o\.o|z o\.o|Oyj?|AB|ASA?|"
-    rf"S\.p\.A|S\.r\.l|SARL|SAS|SA|SL|Kft|Zrt|Bt|B\.V|N\.V|S\.A|S\.L|Ltda|Lda)(?![{LETTER}])\.?"
+    rf"(?:[A-Z\u00c0-\u00de][{LETTER}'-]+,? (?:& |and |és )?){{1,5}}(?:társa )?"
+    rf"(?:A/S|ApS|s\.r\.o|a\.s|d\.o\.o|z o\.o|Oyj?|AB|ASA?|"
+    rf"S\.p\.A|S\.r\.l|SARL|SAS|SA|SL|Kft|Zrt|Nyrt|Kht|Kkt|Bt|B\.V|N\.V|S\.A|S\.L|Ltda|Lda)(?![{LETTER}])\.?"
 )
+_WORD = re.compile(rf"[{LETTER}]+")
 _HONORIFIC = re.compile(
     r"(?<![A-Za-z])(?:(?:Mr|Mrs|Ms|Dr|Prof|Mx)\.|Mrs?|Ms|Miss|Sir|Madame?|Professor|Doctor)(?![A-Za-z])"
+    r"|(?:(?<=[a-z] )|(?<=[a-z], ))(?:(?:Jr|Sr|Esq)\b\.?|(?:M\.?D|Ph\.?D|DDS|DVM|RN|II|III|IV)\b\.?)"
 )
 
 
 def find_english_places(text: str) -> list[Span]:
     """Spans of folded `text`."""
     spans = [*_firms(text), *_places_and_cases(text)]
-    spans += [Span(*match.span(), "ORGANIZATION", 0.76) for match in _FORM.finditer(text)]
+    spans += [Span(_own_start(match), match.end(), "ORGANIZATION", 0.76) for match in _FORM.finditer(text)]
     spans += [Span(*match.span(), "TITLE", 0.7) for match in _HONORIFIC.finditer(text)]
-    spans += [Span(*match.span(), "COUNTRY", 0.7) for match in _countries().finditer(text)]
-    spans += [Span(*match.span(), "NRP", 0.7) for match in _nationalities().finditer(text)]
+    if not _country_words().isdisjoint(_WORD.findall(text.lower())):
+        spans += [Span(*match.span(), "COUNTRY", 0.7) for match in _countries().finditer(text)]
+        spans += [Span(*match.span(), "NRP", 0.7) for match in _nationalities().finditer(text)]
     return spans
 
 
 @cache
+def _country_words() -> frozenset[str]:
+    """The first words of countries and nationalities, and their plurals: without one there is none of them."""
+    names = (*words("en_countries"), *words("en_nationalities"))
+    first = {match.group() for name in names if (match := _WORD.search(name.lower()))}
+    return frozenset(word + end for word in first for end in ("", "s", "es"))
+
+
+def _own_start(match: re.Match[str]) -> int:
+    """Where a firm's name begins: behind `From` and the like."""
+    first = match.group().split(" ")[0]
+    return match.start() + (len(first) + 1 if first.lower() in cues("en_function") else 0)
+
+
+@cache
 def _countries() -> re.Pattern[str]:
-    names = sorted(words("en_countries"), key=len, reverse=True)
-    return re.compile(rf"(?<![{LETTER}])(?:{'|'.join(map(re.escape, names))})(?![{LETTER}])", re.IGNORECASE)
+    names = alternatives(words("en_countries"))
+    return re.compile(rf"(?<![{LETTER}]){names}(?![{LETTER}])", re.IGNORECASE)
 
 
 @cache
 def _nationalities() -> re.Pattern[str]:
-    names = sorted(words("en_nationalities"), key=len, reverse=True)
-    return re.compile(rf"(?<![{LETTER}])(?:{'|'.join(map(re.escape, names))})(?:s|es)?(?![{LETTER}])")
+    names = alternatives(words("en_nationalities"))
+    return re.compile(rf"(?<![{LETTER}]){names}(?:s|es)?(?![{LETTER}])")
 
 
 def _places_and_cases(text: str) -> Iterator[Span]:

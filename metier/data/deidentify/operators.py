@@ -122,6 +122,8 @@ def _generalise(value: str, entity_type: str) -> str:
         return "90+" if age >= 90 else f"{age // 10 * 10}-{age // 10 * 10 + 9}"
     if entity_type == "ZIP_CODE" and re.fullmatch(r"\d{5}(?:-\d{4})?", value):
         return "000" if int(value[:3]) in SMALL_ZIP3 else value[:3]
+    if entity_type == "ZIP_CODE" and re.fullmatch(r"\d{3}", value):
+        return value  # what an earlier pass left
     return _label(entity_type)
 
 

@@ -17,6 +17,7 @@ from typing import Any
 import yaml
 
 from metier.data.deidentify.checksums import is_valid
+from metier.data.deidentify.lexicon import alternatives
 from metier.data.deidentify.spans import Span
 
 LABEL = re.compile(r"\[[A-Z][A-Z_]{2,}\]")  # what an earlier pass left
@@ -44,16 +45,17 @@ def find_patterns(text: str, language: str) -> tuple[list[Span], list[tuple[int,
     spans: list[Span] = []
     protected: list[tuple[int, int]] = []
     has_digit = _DIGIT.search(text) is not None
-    for pattern in _shapes(language):
-        if pattern.needs and (not has_digit if pattern.needs == "0" else pattern.needs not in text):
+    for needs, patterns in _shapes(language).items():
+        if needs and (not has_digit if needs == "0" else needs not in text):
             continue
-        for match in pattern.value.finditer(text):
-            if pattern.check and not is_valid(pattern.check, match.group()):
-                continue
-            if pattern.entity_type is None:
-                protected.append(match.span())
-            else:
-                spans.append(Span(*match.span(), pattern.entity_type, pattern.score))
+        for pattern in patterns:
+            for match in pattern.value.finditer(text):
+                if pattern.check and not is_valid(pattern.check, match.group()):
+                    continue
+                if pattern.entity_type is None:
+                    protected.append(match.span())
+                else:
+                    spans.append(Span(*match.span(), pattern.entity_type, pattern.score))
     spans.extend(_after_cues(text, language, has_digit))
     return spans, protected
 
@@ -108,8 +110,13 @@ def _speaks(entry: dict[str, Any], language: str) -> bool:
 
 
 @cache
-def _shapes(language: str) -> list[Pattern]:
-    return [_compile(entry) for entry in _entries() if "cues" not in entry and _speaks(entry, language)]
+def _shapes(language: str) -> dict[str, list[Pattern]]:
+    """The patterns without cues, by the character that they need."""
+    shapes: dict[str, list[Pattern]] = {}
+    for entry in _entries():
+        if "cues" not in entry and _speaks(entry, language):
+            shapes.setdefault(entry.get("needs", ""), []).append(_compile(entry))
+    return shapes
 
 
 @cache
@@ -120,5 +127,4 @@ def _cues(language: str) -> tuple[re.Pattern[str], dict[str, list[Pattern]]]:
             pattern = _compile(entry)
             for cue in entry["cues"]:
                 by_cue.setdefault(cue.lower(), []).append(pattern)
-    words = sorted(by_cue, key=lambda cue: (-len(cue), cue))
-    return re.compile("|".join(map(re.escape, words))), by_cue
+    return re.compile(alternatives(by_cue)), by_cue

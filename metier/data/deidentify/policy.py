@@ -30,6 +30,7 @@ TYPES = [
     "LOCATION",
     "ZIP_CODE",
     "DATE",
+    "TIME",
     "AGE",
     "PHONE_NUMBER",
     "FAX_NUMBER",

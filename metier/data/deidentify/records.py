@@ -9,12 +9,9 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import multiprocessing
-import os
 import random
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -24,15 +21,17 @@ from metier.data.deidentify.policy import NONE, TYPES, Policy, load_policy
 from metier.data.deidentify.residual import planted_recall, small_groups, suspicions
 from metier.data.deidentify.rewrite import rewrite
 from metier.data.lines import Row
+from metier.data.partitions import Workers, parts
 from metier.data.records import Record
 from metier.errors import DataError, RecipeError, did_you_mean
-from metier.keys import keyed_hash, load_key
+from metier.keys import key_fingerprint, keyed_hash, load_key
 from metier.recipe import PrivacyConfig
 
 LOOKED_AT = 2_000
-MANY = 20_000
-PART = 2_000
+PART_LOOKED_AT = 250
 
+
+Suspicion = tuple[int, int, str]
 Rewritten = tuple[list[str], list[tuple[str, str]]]  # the texts of a record; type and keyed hash of what was in them
 
 
@@ -77,25 +76,26 @@ class Privacy:
                 )
 
     def rewrite_records(
-        self, records: list[Record], progress: Callable[[str], None]
+        self, records: list[Record], workers: Workers, progress: Callable[[str], None]
     ) -> tuple[list[Record], dict[str, Any], list[dict[str, Any]]]:
         """The records rewritten, the manifest's entry, and the records for a person to read."""
         if self.policy is None:
             return records, self._look(records, progress), []
         progress(f"taking out personal data ({self.name})")
         new, touched, counts = [], 0, Counter[str]()
-        for record, (texts, hashes) in zip(records, self._rewritten(records), strict=True):
+        for record, (texts, hashes) in zip(records, self._rewritten(records, workers), strict=True):
             counts.update(entity_type for entity_type, _ in hashes)
             touched += bool(hashes)
             if hashes:
                 self.found[record.source.name, record.row.number] = hashes
             new.append(self._record(record, texts))
-        report = self._report(new, counts, touched)
+        looked_at = self._suspected(new, workers)
+        report = self._report(looked_at, counts, touched)
         progress(
             f"{sum(counts.values()):,} identifiers in {touched:,} of {len(new):,} records were replaced; "
             f"a second look suspects {sum(report['suspected'].values()):,} more in {report['looked_at']:,} records"
         )
-        return new, report, self._review(new)
+        return new, report, self._review(looked_at)
 
     def subjects(self, rows: Iterator[tuple[str, str, int]]) -> dict[str, list[str]]:
         """record_id, subject_hash and entity_type of what was taken out; `rows` are (record_id, file, row)."""
@@ -113,39 +113,39 @@ class Privacy:
         group_id = None if record.group_id is None else keyed_hash(record.group_id, self.key)
         return dataclasses.replace(record, messages=messages, prompt=prompt, group_id=group_id)
 
-    def _rewritten(self, records: list[Record]) -> Iterator[Rewritten]:
-        """In order; with many records on all cores, with the same result."""
+    def _rewritten(self, records: list[Record], workers: Workers) -> Iterator[Rewritten]:
         assert self.policy is not None
         asked = [([m["content"] for m in r.messages], r.group_id or f"{r.source.name}:{r.row.number}") for r in records]
-        cores = os.cpu_count() or 1
-        if len(records) < MANY or cores == 1:
-            yield from rewrite_part(asked, self.policy, self.key, self.config.recognizers)
-            return
-        parts = [asked[i : i + PART] for i in range(0, len(asked), PART)]
-        given = (self.policy, self.key, self.config.recognizers)
-        # A new interpreter for each: to fork a process in which polars has threads may hang.
-        with ProcessPoolExecutor(min(cores, 16), mp_context=multiprocessing.get_context("spawn")) as pool:
-            for done in pool.map(rewrite_part, parts, *([same] * len(parts) for same in given)):
-                yield from done
+        done = workers.map(rewrite_part, parts(asked), self.policy, self.key, self.config.recognizers)
+        return (rewritten for part in done for rewritten in part)
+
+    def _suspected(self, records: list[Record], workers: Workers) -> list[tuple[Record, list[Suspicion]]]:
+        """A sample of the rewritten records, and what a second look suspects in each."""
+        sample = self._sample(records)
+        texts = [_text(record) for record in sample]
+        found = workers.map(suspect_part, parts(texts, PART_LOOKED_AT), self.key)
+        return list(zip(sample, (some for part in found for some in part), strict=True))
 
     def _look(self, records: list[Record], progress: Callable[[str], None]) -> dict[str, Any]:
         """With no policy: what would have been found, in a sample."""
-        texts = self._sample(records, LOOKED_AT)
-        quiet = {"TITLE", "NRP", "COUNTRY", "AGE", "LOCATION", "ORGANIZATION", "DATE", "URL"}
+        texts = [_text(record) for record in self._sample(records)]
+        quiet = {"TITLE", "NRP", "COUNTRY", "TIME", "AGE", "LOCATION", "ORGANIZATION", "DATE", "URL"}
         counts = Counter(s.entity_type for text in texts for s in detect(text) if s.entity_type not in quiet)
         if counts:
             shown = ", ".join(f"{kind} {count:,}" for kind, count in counts.most_common(5))
+            advice = "" if self.config.policy == NONE else "; set `privacy.policy`, or `none` to say so"
             progress(
                 f"privacy: nothing was taken out, and {len(texts):,} records looked at hold about "
-                f"{sum(counts.values()):,} identifiers of people ({shown}); set `privacy.policy`, or `none` to say so"
+                f"{sum(counts.values()):,} identifiers of people ({shown}){advice}"
             )
         report = {"policy": self.name, "looked_at": len(texts), "suspected_by_type": dict(sorted(counts.items()))}
         return report | self._k_anonymity()
 
-    def _report(self, records: list[Record], counts: Counter[str], touched: int) -> dict[str, Any]:
+    def _report(
+        self, looked_at: list[tuple[Record, list[Suspicion]]], counts: Counter[str], touched: int
+    ) -> dict[str, Any]:
         assert self.policy is not None
-        texts = self._sample(records, LOOKED_AT)
-        suspected = Counter(kind for text in texts for _, _, kind in suspicions(text, self.key))
+        suspected = Counter(kind for _, found in looked_at for _, _, kind in found)
         return {
             "policy": self.name,
             "law": self.policy.law,
@@ -154,10 +154,11 @@ class Privacy:
                 kind: {"count": n, "operator": self.policy.operators[kind]} for kind, n in sorted(counts.items())
             },
             "records_touched": touched,
+            "key_fingerprint": key_fingerprint(self.key),
             "classes": list(self.policy.classes),
-            "looked_at": len(texts),
+            "looked_at": len(looked_at),
             "suspected": dict(sorted(suspected.items())),
-            "planted": planted_recall(texts, self.seed),
+            "planted": planted_recall([_text(record) for record, _ in looked_at], self.seed),
         } | self._k_anonymity()
 
     def _k_anonymity(self) -> dict[str, Any]:
@@ -165,18 +166,15 @@ class Privacy:
             return {}
         return {"quasi_identifiers": self.config.quasi_identifiers, "k_anonymity": small_groups(self.groups)}
 
-    def _sample(self, records: list[Record], most: int) -> list[str]:
-        chosen = records if len(records) <= most else random.Random(self.seed).sample(records, most)
-        return ["\n".join(m["content"] for m in record.messages) for record in chosen]
+    def _sample(self, records: list[Record]) -> list[Record]:
+        return records if len(records) <= LOOKED_AT else random.Random(self.seed).sample(records, LOOKED_AT)
 
-    def _review(self, records: list[Record]) -> list[dict[str, Any]]:
+    def _review(self, looked_at: list[tuple[Record, list[Suspicion]]]) -> list[dict[str, Any]]:
         """Rewritten records for a person: those that the second look suspects first, then by chance."""
         rng = random.Random(self.seed)
-        pool = rng.sample(records, min(len(records), LOOKED_AT))
-        marked = [(record, suspicions("\n".join(m["content"] for m in record.messages), self.key)) for record in pool]
-        marked.sort(key=lambda item: -len(item[1]))
+        marked = sorted(rng.sample(looked_at, len(looked_at)), key=lambda item: -len(item[1]))
         half = [item for item in marked if item[1]][: self.config.review // 2]
-        rest = [item for item in marked[len(half) :] if item not in half]
+        rest = marked[len(half) :]
         rng.shuffle(rest)
         return [
             {"source_file": r.source.name, "source_row": r.row.number, "messages": r.messages, "suspected": found}
@@ -209,11 +207,11 @@ def policy_key(config: PrivacyConfig, domain_policy: str | None) -> dict[str, st
     privacy = open_privacy(config, domain_policy=domain_policy, seed=0)
     if privacy.policy is None:
         return {}
-    return {"policy": privacy.policy.text, "key": keyed_hash("fingerprint", privacy.key, purpose="fingerprint")}
+    return {"policy": privacy.policy.text, "key": key_fingerprint(privacy.key)}
 
 
 def rewrite_part(
-    asked: list[tuple[list[str], str]], policy: Policy, key: bytes, more: Sequence[str] = ()
+    asked: Sequence[tuple[list[str], str]], policy: Policy, key: bytes, more: Sequence[str] = ()
 ) -> list[Rewritten]:
     """(texts, subject) of some records -> their rewritten texts, and type and keyed hash of each replaced value."""
     done = []
@@ -228,6 +226,15 @@ def rewrite_part(
     return done
 
 
+def suspect_part(texts: Sequence[str], key: bytes) -> list[list[Suspicion]]:
+    """What a second look suspects in each text."""
+    return [suspicions(text, key) for text in texts]
+
+
 def review_lines(review: list[dict[str, Any]]) -> bytes:
     """privacy_review.jsonl."""
     return "".join(json.dumps(entry, ensure_ascii=False) + "\n" for entry in review).encode()
+
+
+def _text(record: Record) -> str:
+    return "\n".join(m["content"] for m in record.messages)

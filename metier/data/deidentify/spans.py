@@ -10,12 +10,11 @@ import bisect
 import re
 import unicodedata
 from collections.abc import Iterable
-from dataclasses import dataclass
 from functools import cache
+from typing import NamedTuple
 
 
-@dataclass(frozen=True, slots=True, order=True)
-class Span:
+class Span(NamedTuple):
     """A suspected identifier: text[start:end] of the input (code points), its type, and how sure (0 to 1)."""
 
     start: int
@@ -51,6 +50,19 @@ def fold(text: str) -> tuple[str, list[int] | None]:
         return folded, None
     offsets = [i for i, char in enumerate(folded) if not _INVISIBLE.match(char)]
     return "".join(folded[i] for i in offsets), offsets
+
+
+def whole_words(text: str, start: int, end: int) -> tuple[int, int]:
+    """The range grown to whole words; Flores-Kidd is one."""
+    while start > 0 and text[start].isalnum() and (text[start - 1].isalnum() or _hyphen(text, start - 1)):
+        start -= 1 if text[start - 1].isalnum() else 2
+    while end < len(text) and text[end - 1].isalnum() and (text[end].isalnum() or _hyphen(text, end)):
+        end += 1 if text[end].isalnum() else 2
+    return start, end
+
+
+def _hyphen(text: str, i: int) -> bool:
+    return text[i] == "-" and text[i - 1 : i].isalpha() and text[i + 1 : i + 2].isalpha()
 
 
 def unfold(spans: Iterable[Span], offsets: list[int] | None) -> list[Span]:

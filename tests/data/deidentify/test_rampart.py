@@ -26,3 +26,9 @@ def test_the_model_finds_names_that_no_list_has() -> None:
 def test_terms_of_the_field_stay_with_the_model_too() -> None:
     text = "Parkinson disease, Crohn's disease and the Kaplan-Meier curve; HbA1c 7.2 %."
     assert [text[s.start : s.end] for s in detect(text, more=["rampart"])] == []
+
+
+def test_everyday_words_are_no_names_for_the_model() -> None:
+    text = "Student Olav Kvist failed algebra; her thesis is due. Has Per Dahl paid? ISIN and VIN are missing."
+    found = [text[s.start : s.end] for s in detect(text, more=["rampart"])]
+    assert "Olav Kvist" in found and not {"Student", "algebra", "thesis", "Has", "ISIN", "VIN"} & set(found)

@@ -117,12 +117,12 @@ def test_the_same_key_gives_the_same_bytes_and_another_key_another_data_set(
     recipe = _recipe(tmp_path, privacy)
     first, _ = _prepare(tmp_path, privacy)
     bytes_of = {path.name: path.read_bytes() for path in (tmp_path / "dataset").glob("*.parquet")}
-    assert artifacts.is_current(tmp_path / "dataset", dataset_key(recipe, tmp_path / "dataset"))
+    assert artifacts.is_current(tmp_path / "dataset", dataset_key(recipe, tmp_path / "dataset")[0])
     again, _ = _prepare(tmp_path, privacy)
     assert bytes_of == {path.name: path.read_bytes() for path in (tmp_path / "dataset").glob("*.parquet")}
     assert first["key"] == again["key"]
     monkeypatch.setenv("METIER_KEY_FILE", str(tmp_path / "other"))
-    assert dataset_key(recipe, tmp_path / "dataset") != first["key"]
+    assert dataset_key(recipe, tmp_path / "dataset")[0] != first["key"]
 
 
 def test_residual_risk_is_in_the_manifest_and_the_card(tmp_path: Path) -> None:

@@ -174,3 +174,15 @@ def test_one_text_instead_of_a_list_is_a_sentence() -> None:
     with pytest.raises(RecipeError, match="a list of texts"):
         metier.deidentify("one text")
     assert metier.deidentify(["王小明"], policy="none") == [("王小明", [])]
+
+
+def test_a_role_before_a_stand_in_stays(tmp_path: Path) -> None:
+    own = tmp_path / "own.yaml"
+    own.write_text("operators: {PERSON: surrogate}\n")
+    new = metier.deidentify(["Patient John Smith, aged 93. John Smith again."], policy=str(own))[0][0]
+    assert new.startswith("Patient ") and "Smith" not in new and len(new.split()) == 8
+
+
+def test_a_second_pass_leaves_the_first_digits_of_a_postal_code() -> None:
+    once = metier.deidentify(["Postcode: 59801"])[0][0]
+    assert once == "Postcode: 598" and metier.deidentify([once])[0][0] == once

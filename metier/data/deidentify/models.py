@@ -1,0 +1,120 @@
+"""The words that a model takes for names and addresses -> spans, without the everyday words among them.
+
+A model marks words, each with a probability of being personal; it knows names that no list has, and takes rare words
+(dyspnea, thesis) for names. How sure it must be depends on the word: what a dictionary knows, what stands in lower case
+beside words with capitals, and what begins a sentence needs more. A number that stands alone is no part of an address.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Iterator
+from functools import cache
+
+from metier.data.deidentify.english import LETTER, WORD, head_after, kind_of, starts_sentence, terms
+from metier.data.deidentify.lexicon import cues, word_set
+from metier.data.deidentify.spans import Span
+
+EVERYDAY = 0.5  # how sure of a name that is a word: Nils, April
+FIRST_WORD = 0.7  # and that begins a sentence
+NAMES = {"PERSON", "LOCATION", "ORGANIZATION"}
+_BEFORE_ADDRESS = re.compile(r"(?:(?i:no)\.? ?)?\d[\d/-]{0,8}[A-Za-z]?,? $")
+_AFTER_ADDRESS = re.compile(
+    rf",? \d{{1,5}}[A-Za-z]?(?![\w.%])(?:,? [A-Z\u00c0-\u00de][{LETTER}-]+)?|"
+    r",? (?i:s/n)\b| / [A-Z]{2}\b| \([A-Z]{2}\)"
+)
+_CAPITAL = re.compile("[A-Z\u00c0-\u00de]")
+_NUMBER_CUE = re.compile(
+    r"(?:\b(?:no|nos|number|numbers|house|home|apartment|apt|flat|building|unit|suite|room|box|at|door)\b[.:#]? ?|#)$",
+    re.IGNORECASE,
+)
+
+
+@cache
+def _gap() -> re.Pattern[str]:
+    """What may stand between two words of one name or address: John M. de Smith."""
+    particles = "|".join(sorted(cues("en_particles")))
+    return re.compile(rf"[\s,.'-]{{0,2}}| [A-Z]\.? | (?:[A-Z]\.? )?(?:{particles}) ", re.IGNORECASE)
+
+
+def plausible(text: str, words: Iterable[Span]) -> list[Span]:
+    """Spans of what a model found in folded `text`, joined over small gaps; their scores are at least 0.5."""
+    mixed = _CAPITAL.search(text) is not None
+    kept = [word for word in words if word.score >= _needed(text, word, mixed)]
+    spans = [_grown(text, span) for span in _joined(text, kept)]
+    return [s for s in spans if _may_be(text, s) and (not _is_number(text, s) or _beside_street(text, s, spans))]
+
+
+def _needed(text: str, word: Span, mixed: bool) -> float:
+    """How probable a word must be to count."""
+    value = text[word.start : word.end]
+    if not value[:1].isalpha() or word.entity_type not in NAMES | {"ADDRESS"}:
+        return 0.0
+    low = value.lower()
+    kind = kind_of(value.title() if value.islower() else value)
+    known = kind in "wmt" or low in cues("en_function")
+    if value == low:
+        if word.entity_type == "ADDRESS" or low in cues("en_particles"):
+            return 0.0
+        if mixed:
+            return 0.97 if known else 0.7
+        return 0.8 if known else 0.35
+    if starts_sentence(text, word.start):
+        return FIRST_WORD if known else 0.6 if kind == "b" else 0.0
+    return 0.4 if known and kind != "b" else 0.0
+
+
+def _joined(text: str, words: list[Span]) -> Iterator[Span]:
+    last: Span | None = None
+    for word in sorted(words):
+        if last and last.entity_type == word.entity_type and _gap().fullmatch(text[last.end : word.start]):
+            last = Span(last.start, max(word.end, last.end), last.entity_type, max(word.score, last.score))
+            continue
+        if last:
+            yield last
+        last = Span(word.start, word.end, word.entity_type, max(word.score, 0.5))
+    if last:
+        yield last
+
+
+def _grown(text: str, span: Span) -> Span:
+    """An address with the number before it, and number, town and province behind."""
+    if span.entity_type not in ("ADDRESS", "LOCATION"):
+        return span
+    start, end = span.start, span.end
+    if before := _BEFORE_ADDRESS.search(text, max(0, start - 14), start):
+        start = before.start()
+    for _ in range(3):
+        if after := _AFTER_ADDRESS.match(text, end):
+            end = after.end()
+    return Span(start, end, span.entity_type, span.score)
+
+
+def _may_be(text: str, span: Span) -> bool:
+    """Whether a span may be a name: not a term, an eponym of a disease, or everyday words alone."""
+    value = text[span.start : span.end]
+    if span.entity_type not in NAMES:
+        return True
+    if head_after(text, span.end) or any(
+        m.start() <= span.start and span.end <= m.end() for m in terms().finditer(text)
+    ):
+        return False
+    if value in word_set("en_countries"):
+        return False
+    found = WORD.findall(value)
+    if any(char.isdigit() for char in value) or any(kind_of(w) not in "wmt" or w[0].islower() for w in found):
+        return True
+    return span.score >= EVERYDAY and any(kind_of(w) == "w" and not w.isupper() for w in found)
+
+
+def _is_number(text: str, span: Span) -> bool:
+    return span.entity_type == "ADDRESS" and text[span.start : span.end].isdigit()
+
+
+def _beside_street(text: str, span: Span, spans: list[Span]) -> bool:
+    """Whether a number has a part of an address, a capital or a word such as `house` beside it."""
+    if any(s is not span and s.start - 4 <= span.end and span.start <= s.end + 4 for s in spans):
+        return True
+    return _NUMBER_CUE.search(text[max(0, span.start - 12) : span.start]) is not None or (
+        re.match(rf"[ ,]{{1,2}}[A-Z\u00c0-\u00de][{LETTER}]", text[span.end :]) is not None
+    )
