@@ -105,7 +105,9 @@ def test_without_the_key_nothing_is_claimed(project: Path, tmp_path: Path, monke
     (tmp_path / "none").write_text("ab" * 32 + "\n")  # another key
     with pytest.raises(RecipeError, match="the key that hashed"):
         pipeline.evaluate(recipe(project, "away", "train.max_steps=1"))
-    folder = pipeline.evaluate(recipe(project, "away", "train.max_steps=1", "evaluate.gates={}"))
+    away = recipe(project, "away", "train.max_steps=1")
+    free = away.model_copy(update={"evaluate": away.evaluate.model_copy(update={"gates": {}})})
+    folder = pipeline.evaluate(free)
     evidence = json.loads((folder / "evidence.json").read_text())
     assert evidence["memorisation"]["extraction"] is None
     assert any("was not measured: the key" in sentence for sentence in evidence["limits"])
