@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
 
-from metier.kernels.attention import Documents
 from metier.model.fused import FusedModel, Recompute, fuse, is_fused_architecture
-from metier.model.graphs import GraphedPasses, padded_inputs
 from metier.model.lora import Adapter, attach, new_adapter
 from metier.recipe import AdapterConfig
 from metier.training.pack import PackedBatch, pack_batches
@@ -170,33 +167,3 @@ def test_several_adapters_get_the_gradients_of_their_own_runs(kind: Kind, recomp
             assert got is not None
             assert grad.norm() > 0
             assert (got - grad).norm() <= 1e-11 * grad.norm(), (number, name)
-
-
-def test_class_weights_reach_loss_and_gradients() -> None:
-    model, adapter = with_adapter("qwen2", torch.float64)
-    batch = batch_for(model)
-    batch = replace(batch, loss_weights=torch.linspace(0, 3, batch.num_loss_tokens))
-    want, want_grads = gradients(model, adapter, batch)
-    got, got_grads = gradients(fused_of(model, adapter), adapter, batch)
-    assert abs(float(got - want)) <= 1e-6 * float(want)
-    for name, grad in want_grads.items():
-        assert (got_grads[name] - grad).norm() <= 1e-4 * grad.norm(), name
-
-
-def test_a_pass_padded_for_a_graph_has_the_same_loss_and_gradients() -> None:
-    model, adapter = with_adapter("qwen2", torch.float64)
-    fused, batch = fused_of(model, adapter), batch_for(model)
-    want, want_grads = gradients(fused, adapter, batch)
-    bucket = GraphedPasses(fused, [*adapter.parameters.values()]).bucket(batch)
-    assert bucket.num_tokens > batch.num_tokens
-    assert bucket.num_positions > batch.num_loss_tokens
-    padded = padded_inputs(batch, bucket)
-    del padded["cu_seqlens"]
-    for parameter in adapter.parameters.values():
-        parameter.grad = None
-    loss = fused.loss_of(documents=Documents.of(bucket.lengths, torch.device("cpu"), is_flash=False), **padded)
-    loss.backward()  # type: ignore[no-untyped-call]
-    assert float(loss.detach()) == pytest.approx(float(want), rel=1e-12)
-    for name, parameter in adapter.parameters.items():
-        assert parameter.grad is not None
-        assert (parameter.grad - want_grads[name]).norm() <= 1e-11 * want_grads[name].norm(), name
