@@ -31,7 +31,9 @@ LIBRARIES = ("torch", "transformers", "tokenizers", "safetensors", "numpy", "pol
 STAGES = ("dataset", "adapter", "evidence")
 # All that a run's folder holds, but for what is hidden while a stage or a write is at work.
 PAGES = ("report.html", "report.en.html", "report.zh.html", "MODEL_CARD.md")
-RUN_NAMES = {"recipe.yaml", ".lock", *STAGES, *PAGES, "audit.jsonl", "tensorboard", "forgotten.json", "export", "full"}
+RUN_NAMES = {
+    "recipe.yaml", ".lock", *STAGES, *PAGES, "sweep", "audit.jsonl", "tensorboard", "forgotten.json", "export", "full",
+}  # fmt: skip
 # In an adapter's folder: it learned from someone who was forgotten since.
 REVOKED = "revoked.json"
 AT_WORK = (".partial", ".old", ".tmp")

@@ -32,6 +32,7 @@ from metier.recipe import Recipe
 
 if TYPE_CHECKING:
     from metier.evaluation.contenders import Contender
+    from metier.model.load import Base
 
 # How often to write down what happened cannot change what happens.
 NO_EFFECT = {"log_every", "save_every", "report_to"}
@@ -110,10 +111,11 @@ def export(
 
 def is_follower() -> bool:
     """Whether `torchrun` started this process as any but the first: it trains along, and writes and says nothing."""
-    return int(os.environ.get("RANK", "0")) > 0 and _num_processes() > 1
+    return int(os.environ.get("RANK", "0")) > 0 and num_processes() > 1
 
 
-def _num_processes() -> int:
+def num_processes() -> int:
+    """How many processes torchrun started."""
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
@@ -151,18 +153,9 @@ def _prepare(recipe: Recipe, out: Path, ui: Ui) -> None:
 
 
 def _train(recipe: Recipe, out: Path, ui: Ui) -> None:
-    from metier.model.resolve import base_digest, resolve_base
-
-    dataset = _parent(out / "dataset", "prepare")
-    path = resolve_base(recipe.base, recipe.revision, progress=ui.say)
-    key = digest_json(
-        {
-            "stage": "adapter", "dataset": dataset["digest"], "base": base_digest(path), "seed": recipe.seed,
-            "adapter": recipe.adapter.model_dump(), "train": recipe.train.model_dump(exclude=NO_EFFECT),
-        }
-    )  # fmt: skip
+    key = adapter_key(recipe, out, ui)
     is_made = is_current(out / "adapter", key)
-    if _num_processes() > 1:
+    if num_processes() > 1:
         from metier.training import ranks
 
         ranks.start(recipe.train.device)
@@ -173,18 +166,41 @@ def _train(recipe: Recipe, out: Path, ui: Ui) -> None:
         _train_adapter(recipe, out, key, ui)
         _store(recipe, out)
         audit_artifacts(out)
-    if _num_processes() > 1:
+    if num_processes() > 1:
         ranks.stop()
 
 
+def adapter_key(recipe: Recipe, out: Path, ui: Ui) -> str:
+    """What the adapter in `out` is made of: data set, base, seed and settings. Raises `RunError` without a data set."""
+    from metier.model.resolve import base_digest, resolve_base
+
+    dataset = _parent(out / "dataset", "prepare")
+    path = resolve_base(recipe.base, recipe.revision, progress=ui.say)
+    return digest_json(
+        {
+            "stage": "adapter", "dataset": dataset["digest"], "base": base_digest(path), "seed": recipe.seed,
+            "adapter": recipe.adapter.model_dump(), "train": recipe.train.model_dump(exclude=NO_EFFECT),
+        }
+    )  # fmt: skip
+
+
 def _train_adapter(recipe: Recipe, out: Path, key: str, ui: Ui) -> None:
+    from metier.training.train import train
+
+    train(
+        base_of(recipe, ui), recipe.adapter, recipe.train, dataset=out / "dataset", out=out / "adapter",
+        seed=recipe.seed, key=key, report=ui.progress, say=ui.say,
+    )  # fmt: skip
+
+
+def base_of(recipe: Recipe, ui: Ui) -> Base:
+    """The base to train on, in the precision that fits."""
     from metier.model.device import resolve_device, resolve_precision, storage_of
     from metier.model.load import empty_model, load_base, read_config
     from metier.model.resolve import resolve_base
     from metier.training.cards import card_here
     from metier.training.fit import precision_that_fits
     from metier.training.memory import shape_of
-    from metier.training.train import train
 
     path = resolve_base(recipe.base, recipe.revision, progress=ui.say)
     device = resolve_device(recipe.train.device)
@@ -194,13 +210,9 @@ def _train_adapter(recipe: Recipe, out: Path, key: str, ui: Ui) -> None:
     storage = storage_of(precision_that_fits(shape, card_here(device), recipe.train))
     kept = "" if storage == "dense" else f", the base's weights in {storage}"
     ui.say(f"training on {device.type} in {str(dtype).removeprefix('torch.')}{kept}")
-    base = load_base(
+    return load_base(
         recipe.base, revision=recipe.revision, dtype=dtype, device=device, storage=storage, progress=ui.say
     )
-    train(
-        base, recipe.adapter, recipe.train, dataset=out / "dataset", out=out / "adapter", seed=recipe.seed, key=key,
-        report=ui.progress, say=ui.say,
-    )  # fmt: skip
 
 
 def _full(recipe: Recipe, out: Path, ui: Ui) -> dict[str, Any]:

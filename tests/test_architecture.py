@@ -15,7 +15,7 @@ ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "metier"
 SOURCES = sorted(PACKAGE.rglob("*.py"))
 
-# cli -> pipeline -> stages -> model -> kernels, and all -> artifacts, keys, domains, recipe, errors.
+# cli -> sweep -> pipeline -> stages -> model -> kernels, and all -> artifacts, keys, domains, recipe, errors.
 FOUNDATIONS = {"artifacts", "keys", "domains", "recipe", "errors"}
 STAGES = {"data", "training", "evaluation", "serving"}
 MAY_IMPORT = {
@@ -30,8 +30,9 @@ MAY_IMPORT = {
     "model": FOUNDATIONS | {"kernels"},
     **{stage: FOUNDATIONS | {"model", "kernels"} for stage in STAGES},
     "pipeline": FOUNDATIONS | STAGES | {"model"},
+    "sweep": FOUNDATIONS | STAGES | {"pipeline", "model"},
     "terminal": FOUNDATIONS,
-    "cli": FOUNDATIONS | STAGES | {"pipeline", "model", "terminal"},
+    "cli": FOUNDATIONS | STAGES | {"pipeline", "sweep", "model", "terminal"},
 }
 # One site for each heavy dependency whose next release may break it.
 # model/template.py is a process of its own, which must not import torch.

@@ -34,6 +34,7 @@ RECIPE_KEYS = """
     train.save_every train.report_to train.recompute
     evaluate.tasks evaluate.max_items evaluate.max_new_tokens evaluate.bootstrap_samples
     evaluate.smallest_effect evaluate.few_shot evaluate.forgetting evaluate.memorisation_items evaluate.gates
+    sweep.ranges sweep.method sweep.trials sweep.halving sweep.at_once
     evaluate.own_probes evaluate.reference evaluate.earlier
     serve.redact serve.notice serve.refuse
 """
@@ -42,6 +43,7 @@ DECODING = "--max-new-tokens --seed --temperature --top-p"
 COMMANDS = {
     "demo": "--data --out --set",
     "run": "recipe --out --set",
+    "sweep": "recipe --out --set",
     "prepare": "recipe --out --set",
     "inspect": "recipe --records --set",
     "plan": "recipe --card --memory --set --shape",

@@ -7,11 +7,11 @@ import signal
 import sys
 from types import FrameType
 
-from metier.cli import audit, export, judge, plan, serve, stages, use
+from metier.cli import audit, export, judge, plan, serve, stages, sweep, use
 from metier.cli.app import app
 from metier.errors import Interrupted, MetierError
 
-__all__ = ["app", "audit", "export", "judge", "main", "plan", "serve", "stages", "use"]
+__all__ = ["app", "audit", "export", "judge", "main", "plan", "serve", "stages", "sweep", "use"]
 
 
 def _interrupt(number: int, frame: FrameType | None) -> None:

@@ -9,7 +9,7 @@ from typer.core import TyperGroup
 
 # As a user meets them: what makes a run, what judges it, what uses it, what a person may ask of it.
 ORDER = (
-    "demo", "run", "prepare", "inspect", "plan", "train", "evaluate", "compare", "verify",
+    "demo", "run", "sweep", "prepare", "inspect", "plan", "train", "evaluate", "compare", "verify",
     "chat", "generate", "serve", "export", "trace", "forget",
 )  # fmt: skip
 

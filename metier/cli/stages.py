@@ -51,7 +51,7 @@ def run(recipe: RecipePath, set_: Set = None, out: Out = None) -> None:
     if pipeline.is_follower():
         return
     evidence = json.loads((Path(loaded.out) / "evidence" / "evidence.json").read_text(encoding="utf-8"))
-    _print_verdict(evidence)
+    print_verdict(evidence)
     typer.echo(f"report: {report}")
 
 
@@ -158,7 +158,7 @@ def evaluate(
 
     also = [f"evaluate.reference={reference}"] if reference else []
     folder = pipeline.evaluate(load_recipe(recipe, [*(set_ or []), *also], out), terminal())
-    _print_verdict(json.loads((folder / "evidence.json").read_text(encoding="utf-8")))
+    print_verdict(json.loads((folder / "evidence.json").read_text(encoding="utf-8")))
 
 
 def _print_counts(manifest: dict[str, Any]) -> None:
@@ -203,7 +203,7 @@ def _print_leakage(manifest: dict[str, Any]) -> None:
         )
 
 
-def _print_verdict(evidence: dict[str, Any]) -> None:
+def print_verdict(evidence: dict[str, Any]) -> None:
     for name, metric in evidence["metrics"].items():
         low, high = metric["ci95"]
         typer.echo(

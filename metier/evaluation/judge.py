@@ -107,6 +107,8 @@ def judge(
     if full is not None:
         beside = build_metrics(items, read_answers(table, "full"), adapter, asked=asked.tasks, labels=labels)
         evidence["full"] = beside_full(beside, groups, design, full=full, training=training)
+    if "sweep" in training:
+        evidence["sweep"] = training["sweep"]
     evidence["gates"] = gates(evidence, config)
     # The words are made from the numbers as they are stored, so that the report can make them again.
     evidence = round_floats(evidence)

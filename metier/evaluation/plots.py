@@ -71,7 +71,7 @@ def line_chart(
     name: str, series: Sequence[tuple[str, Sequence[float], Sequence[float]]], *, x_label: str, description: str
 ) -> str:
     """Lines of (label, x, y); the first in the adapter's colour, the second with markers."""
-    with _style(name):
+    with figure_style(name):
         drawing = Drawing(name, 2.7, (0.65, 0.15, 0.15, 0.5))
         for i, (label, x, y) in enumerate(series):
             style: dict[str, Any] = {"color": (ADAPTER_COLOUR, WORSE_COLOUR)[i], "marker": ("", "o")[i]}
@@ -87,7 +87,7 @@ def line_chart(
 
 def delta_chart(name: str, rows: Sequence[tuple[str, float, float, float, str]], *, description: str) -> str:
     """Rows of (label, delta, low, high, outcome), each on its own scale, zero in the middle, better to the right."""
-    with _style(name):
+    with figure_style(name):
         height = 0.5 * len(rows) + 0.2
         drawing = Drawing(name, height, (0.1, 0.1, 0.05, 0.1))
         axes = drawing.axes
@@ -108,7 +108,7 @@ def label_chart(
     name: str, rows: Sequence[tuple[str, float, float, int]], *, sides: tuple[str, str], description: str
 ) -> str:
     """Rows of (label, base, adapter, n), shares from 0 to 1: the label above two bars."""
-    with _style(name):
+    with figure_style(name):
         drawing = Drawing(name, 0.42 * len(rows) + 0.9, (0.12, 0.3, 0.5, 0.4))
         axes = drawing.axes
         places = np.arange(len(rows))
@@ -129,7 +129,7 @@ def reliability_chart(
     name: str, curves: Sequence[tuple[str, Sequence[dict[str, Any]]]], *, x_label: str, description: str
 ) -> str:
     """Curves of (label, bins) as calibration.py makes them: confidence to the right, accuracy upward."""
-    with _style(name):
+    with figure_style(name):
         drawing = Drawing(name, 3.4, (0.55, 0.15, 0.15, 0.5))
         axes = drawing.axes
         axes.plot([0, 1], [0, 1], color=BASE_COLOUR, linewidth=0.8, linestyle=(0, (4, 3)))
@@ -157,7 +157,7 @@ def confusion_chart(name: str, counts: np.ndarray[Any, Any], *, description: str
     size = len(counts)
     # From transparent to the adapter's colour: the page's background shows where there is nothing.
     colours = LinearSegmentedColormap.from_list("shares", [(0.18, 0.53, 0.79, 0.0), (0.18, 0.53, 0.79, 1.0)])
-    with _style(name):
+    with figure_style(name):
         drawing = Drawing(name, WIDTH, (0.4, 0.1, 0.1, 0.4))
         shares = counts / np.maximum(counts.sum(1, keepdims=True), 1)
         drawing.axes.pcolormesh(
@@ -171,7 +171,8 @@ def confusion_chart(name: str, counts: np.ndarray[Any, Any], *, description: str
         return drawing.svg(description)
 
 
-def _style(name: str) -> Any:
+def figure_style(name: str) -> Any:
+    """The figures' settings, inside a `with`."""
     from matplotlib import rc_context
 
     rc: Any = {**RC, "svg.hashsalt": name}

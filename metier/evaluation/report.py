@@ -18,6 +18,7 @@ import numpy as np
 from metier import artifacts
 from metier.errors import RunError
 from metier.evaluation import overlap, plots, sections, texts
+from metier.evaluation.search import read_trials, search_chart, search_rows
 from metier.evaluation.texts import Language, show, show_delta, words
 
 EXAMPLES = 8
@@ -38,6 +39,7 @@ class Run:
     base_name: str
     languages: list[str]
     exports: list[dict[str, Any]]
+    trials: dict[str, Any] | None = None
     speaks: Language | None = None
 
     @property
@@ -74,6 +76,7 @@ def read_run(run: Path) -> Run:
         base_name=Path(base).name if Path(base).is_absolute() else base,
         languages=counts["language"].to_list(),
         exports=[json.loads(path.read_text(encoding="utf-8")) for path in sorted(run.glob("export/*/PARITY.json"))],
+        trials=read_trials(run, manifests["adapter"]),
     )
 
 
@@ -122,6 +125,7 @@ def render(found: Run) -> str:
         calibration=sections.calibration_text(found.evidence, found.language),
         without_repeats=_without_repeats(found),
         examples=_examples(found),
+        search=search_rows(found.trials, found.language) if found.trials else None,
         figures=_figures(found),
         key=[label for label, _ in _top_labels(found)],
         cost=_cost(found),
@@ -214,6 +218,8 @@ def _figures(found: Run) -> dict[str, str]:
         label = f"{table[name]}: {show_delta(name, result['delta'], found.language)}"
         rows.append((label, sign * result["delta"], low, high, result["outcome"]))
     figures["deltas"] = plots.delta_chart("deltas", rows, description=table["fig_deltas"])
+    if found.trials:
+        figures["search"] = search_chart(found.trials, found.language)
     top = _top_labels(found)
     if top:
         sides = (table["base_model"], table["specialised"])

@@ -52,13 +52,15 @@ def statement(evidence: dict[str, Any], language: Language) -> str:
     n = evidence["n"]
     values = {side: show(metric, result[side]) for side in ("base", "adapter")}
     low, high = (show_delta(metric, v, language, unit=False) for v in result["ci95"])
-    return table[evidence["verdict"]["outcome"]].format(
+    sentence = table[evidence["verdict"]["outcome"]].format(
         measure=table[f"measure_{metric}"].format(n=n, **values),
         delta=show_delta(metric, result["delta"], language),
         low=low,
         high=high,
         reason=_reason(evidence, result, language),
     )
+    sweep = evidence.get("sweep")
+    return sentence + (table["best_of"].format(n=sweep["num_trials"]) if sweep else "")
 
 
 def _reason(evidence: dict[str, Any], result: dict[str, Any], language: Language) -> str:
@@ -102,6 +104,7 @@ def limits(evidence: dict[str, Any], language: Language) -> list[str]:
         ("chrf" in evidence["metrics"], "limit_overlap", {}),
         ("bleu" in evidence["metrics"] and other > 0, "limit_language", {"n": other}),
         (bool(memory["canaries"]), "limit_canaries", {}),
+        (bool(evidence.get("sweep")), "limit_sweep", {}),
         (True, "limit_one_run", {}),
         (True, "limit_source", {}),
         (True, "limit_metrics", {}),

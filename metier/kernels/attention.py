@@ -23,8 +23,8 @@ class Documents:
     """Where documents lie in a row of M tokens.
 
     cu_seqlens [B + 1] int32: their starts and the end. `gather` [B, L] int64 has their positions, L the longest, the
-    end padded with 0; `scatter` [M] has the places of the row's tokens in it, flat. `equal` is the length that all of
-    them have, if it is a multiple of 128.
+    end padded with the document's own first, so that nothing of another reaches it; `scatter` [M] has the places of
+    the row's tokens in it, flat. `equal` is the length that all of them have, if it is a multiple of 128.
     """
 
     cu_seqlens: torch.Tensor
@@ -44,7 +44,7 @@ class Documents:
             return cls(cu_seqlens, longest, None, None, longest if is_equal else 0)
         steps = torch.arange(longest)
         is_token = steps[None] < sizes[1:, None]
-        gather = torch.where(is_token, starts[:-1, None] + steps[None], 0)
+        gather = torch.where(is_token, starts[:-1, None] + steps[None], starts[:-1, None])
         return cls(cu_seqlens, longest, gather.to(device), is_token.flatten().nonzero()[:, 0].to(device))
 
 

@@ -29,19 +29,17 @@ class Head:
 class _HeadLoss(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, hidden: torch.Tensor, positions: torch.Tensor, targets: torch.Tensor,
-        weights: torch.Tensor | None, head: Head, chunk: int,
-    ) -> torch.Tensor:  # fmt: skip
+        ctx: Any, hidden: torch.Tensor, positions: torch.Tensor, targets: torch.Tensor, head: Head, chunk: int
+    ) -> torch.Tensor:
         x = hidden.index_select(0, positions)
         rows = ops.project_rows(x, factor=head.norm, eps=head.eps)
         assert rows.dense is not None
         grad = torch.empty_like(x) if ctx.needs_input_grad[0] else None
-        total = torch.zeros((), device=x.device, dtype=torch.promote_types(x.dtype, torch.float32))
+        losses = []
         for start in range(0, x.shape[0], chunk):
             piece = slice(start, start + chunk)
             logits = rows.dense[piece] @ head.weight.T
-            losses = ops.cross_entropy_rows(logits, targets[piece])
-            total += (losses if weights is None else losses * weights[piece]).sum()
+            losses.append(ops.cross_entropy_rows(logits, targets[piece]))
             if grad is not None:
                 torch.mm(logits, head.weight, out=grad[piece])
             del logits
@@ -49,27 +47,24 @@ class _HeadLoss(torch.autograd.Function):
             grad, _ = ops.norm_backward(
                 grad, x, rstd=rows.rstd, weight=head.norm, low=None, down=None, projected=None, residual=None
             )
-            grad = grad if weights is None else grad * weights.to(grad.dtype)[:, None]  # each row by itself
         ctx.save_for_backward(grad, positions)
         ctx.num_rows = hidden.shape[0]
-        return total
+        return torch.cat(losses) if losses else x.new_zeros(0, dtype=torch.promote_types(x.dtype, torch.float32))
 
     @staticmethod
     def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         grad, positions = ctx.saved_tensors
         whole = torch.zeros(ctx.num_rows, grad.shape[1], device=grad.device, dtype=grad.dtype)
         # Positions that carry no loss may name the same row; they add zeros.
-        whole.index_add_(0, positions, grad * grads[0].to(grad.dtype))
-        return whole, None, None, None, None, None
+        whole.index_add_(0, positions, grad * grads[0].to(grad.dtype)[:, None])
+        return whole, None, None, None, None
 
 
-def head_loss(
-    hidden: torch.Tensor, positions: torch.Tensor, targets: torch.Tensor, head: Head,
-    *, weights: torch.Tensor | None = None, chunk: int = CHUNK,
-) -> torch.Tensor:  # fmt: skip
-    """Summed negative log-likelihood, an fp32 scalar.
+def head_losses(
+    hidden: torch.Tensor, positions: torch.Tensor, targets: torch.Tensor, head: Head, *, chunk: int = CHUNK
+) -> torch.Tensor:
+    """Each position's negative log-likelihood, [N] fp32.
 
-    hidden [M, I] before the final norm; positions [N] int64; targets [N] int64, -100 where there is no loss;
-    weights [N] fp32, how much each position counts (None: 1).
+    hidden [M, I] before the final norm; positions [N] int64; targets [N] int64, -100 where there is no loss.
     """
-    return _HeadLoss.apply(hidden, positions, targets, weights, head, chunk)  # type: ignore[no-any-return, no-untyped-call]
+    return _HeadLoss.apply(hidden, positions, targets, head, chunk)  # type: ignore[no-any-return, no-untyped-call]

@@ -10,8 +10,9 @@ import torch
 from metier.kernels import cpu, reference
 
 
-def _on(x: torch.Tensor, name: str) -> Callable[..., Any]:
-    if x.dtype == torch.float64:
+def _on(x: torch.Tensor, name: str, groups: Any = None) -> Callable[..., Any]:
+    # The Triton kernels know one adapter: rows of several take the definition on a CUDA device too.
+    if x.dtype == torch.float64 or (groups is not None and x.is_cuda):
         return getattr(reference, name)  # type: ignore[no-any-return]
     if not x.is_cuda:
         return cpu.__dict__.get(name) or getattr(reference, name)  # type: ignore[no-any-return]
@@ -24,35 +25,37 @@ def _on(x: torch.Tensor, name: str) -> Callable[..., Any]:
 
 
 def project_rows(x: torch.Tensor, **options: Any) -> reference.Rows:
-    return _on(x, "project_rows")(x, **options)  # type: ignore[no-any-return]
+    return _on(x, "project_rows", options.get("groups"))(x, **options)  # type: ignore[no-any-return]
 
 
 def norm_backward(dz: torch.Tensor, x: torch.Tensor, **options: Any) -> tuple[torch.Tensor, torch.Tensor | None]:
-    return _on(x, "norm_backward")(dz, x, **options)  # type: ignore[no-any-return]
+    return _on(x, "norm_backward", options.get("groups"))(dz, x, **options)  # type: ignore[no-any-return]
 
 
-def add_low_rank(residual: torch.Tensor, y: torch.Tensor, *low_and_up: torch.Tensor | None) -> torch.Tensor:
-    return _on(y, "add_low_rank")(residual, y, *low_and_up)  # type: ignore[no-any-return]
+def add_low_rank(
+    residual: torch.Tensor, y: torch.Tensor, *low_and_up: torch.Tensor | None, **options: Any
+) -> torch.Tensor:
+    return _on(y, "add_low_rank", options.get("groups"))(residual, y, *low_and_up, **options)  # type: ignore[no-any-return]
 
 
-def rotate(qkv: torch.Tensor, *rest: Any) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    return _on(qkv, "rotate")(qkv, *rest)  # type: ignore[no-any-return]
+def rotate(qkv: torch.Tensor, *rest: Any, **options: Any) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    return _on(qkv, "rotate", options.get("groups"))(qkv, *rest, **options)  # type: ignore[no-any-return]
 
 
 def rotate_backward(
-    grads: tuple[torch.Tensor, torch.Tensor, torch.Tensor], *rest: Any
+    grads: tuple[torch.Tensor, torch.Tensor, torch.Tensor], *rest: Any, **options: Any
 ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
-    return _on(grads[0], "rotate_backward")(grads, *rest)  # type: ignore[no-any-return]
+    return _on(grads[0], "rotate_backward", options.get("groups"))(grads, *rest, **options)  # type: ignore[no-any-return]
 
 
 def swiglu(gate_up: torch.Tensor, *low_and_up: torch.Tensor | None, **options: Any) -> reference.Rows:
-    return _on(gate_up, "swiglu")(gate_up, *low_and_up, **options)  # type: ignore[no-any-return]
+    return _on(gate_up, "swiglu", options.get("groups"))(gate_up, *low_and_up, **options)  # type: ignore[no-any-return]
 
 
 def swiglu_backward(
     dh: torch.Tensor, gate_up: torch.Tensor, *low_and_up: torch.Tensor | None, **options: Any
 ) -> reference.SwigluGrads:
-    return _on(dh, "swiglu_backward")(dh, gate_up, *low_and_up, **options)  # type: ignore[no-any-return]
+    return _on(dh, "swiglu_backward", options.get("groups"))(dh, gate_up, *low_and_up, **options)  # type: ignore[no-any-return]
 
 
 def cross_entropy_rows(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:

@@ -55,8 +55,8 @@ def _swiglu(gate_up, low, up, h_out, largest, num_rows, half, rank, rows_each,
     for start in tl.range(first, last, BM, num_stages=STAGES):
         rows = (start + tl.arange(0, BM)).to(tl.int64)
         row_mask = rows < last
-        at = gate_up + rows[:, None] * (2 * half) + cols[None, :]
         mask = row_mask[:, None] & col_mask[None, :]
+        at = gate_up + rows[:, None] * (2 * half) + cols[None, :]
         gate, upper = _tile(at, mask, EVEN), _tile(at + half, mask, EVEN)
         if HAS_LOW:
             gate, _ = _low_rank(gate, low, rows, 2 * rank, 0, up_gate, row_mask, ranks, rank, PRECISION)

@@ -112,6 +112,17 @@ def _rotate(qkv, low, up, bias, cos, sin, q_norm, k_norm, out, num_rows, num_col
 
 
 @triton.jit
+def _before_norm(first, second, raw1, raw2, norm, at, col_mask, eps, HALF: tl.constexpr):
+    """The gradient of a head's halves before its norm, from that after it."""
+    rstd = tl.rsqrt((tl.sum(raw1 * raw1, 1) + tl.sum(raw2 * raw2, 1)) / (2 * HALF) + eps)[:, None]
+    raw1, raw2 = raw1 * rstd, raw2 * rstd
+    first = first * tl.load(norm + at, col_mask, other=0.0).to(tl.float32)[None, :]
+    second = second * tl.load(norm + HALF + at, col_mask, other=0.0).to(tl.float32)[None, :]
+    mean = ((tl.sum(first * raw1, 1) + tl.sum(second * raw2, 1)) / (2 * HALF))[:, None]
+    return rstd * (first - raw1 * mean), rstd * (second - raw2 * mean)
+
+
+@triton.jit
 def _rotate_backward(dq, dk, dv, qkv, low, up, bias, cos, sin, q_norm, k_norm, out,
                      factor, largest, up_sums, num_rows, num_cols, rank, num_low, num_q, num_kv, eps, rows_each,
                      FIND_LARGEST: tl.constexpr, SUMS: tl.constexpr,
@@ -158,13 +169,7 @@ def _rotate_backward(dq, dk, dv, qkv, low, up, bias, cos, sin, q_norm, k_norm, o
                                   HAS_LOW, HAS_BIAS, PRECISION, BR)  # fmt: skip
                 raw2 = _half_head(qkv, low, up, bias, rows, cols + HALF, row_mask, col_mask, num_cols, rank, num_low,
                                   segment, HAS_LOW, HAS_BIAS, PRECISION, BR)  # fmt: skip
-                rstd = tl.rsqrt((tl.sum(raw1 * raw1, 1) + tl.sum(raw2 * raw2, 1)) / (2 * HALF) + eps)[:, None]
-                raw1, raw2 = raw1 * rstd, raw2 * rstd
-                first = first * tl.load(norm + at, col_mask, other=0.0).to(tl.float32)[None, :]
-                second = second * tl.load(norm + HALF + at, col_mask, other=0.0).to(tl.float32)[None, :]
-                mean = ((tl.sum(first * raw1, 1) + tl.sum(second * raw2, 1)) / (2 * HALF))[:, None]
-                first = rstd * (first - raw1 * mean)
-                second = rstd * (second - raw2 * mean)
+                first, second = _before_norm(first, second, raw1, raw2, norm, at, col_mask, eps, HALF)
         target = out + rows[:, None] * num_cols + cols[None, :]
         one, two = first.to(dtype), second.to(dtype)
         tl.store(target, one, mask)

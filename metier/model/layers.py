@@ -7,7 +7,7 @@ next. No gradient of a frozen weight is formed, and nothing is kept that is chea
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -16,45 +16,64 @@ from torch import nn
 from metier.kernels import ops
 from metier.kernels.attention import Documents, attend
 from metier.kernels.frozen import FrozenWeight
-from metier.kernels.reference import Heads, Rotation, Rows, rank_gradient
+from metier.kernels.reference import Groups, Heads, Rotation, Rows, rank_gradient
+
+Gradients = list[torch.Tensor | None]
+
+
+@dataclass
+class Part:
+    """One adapter at a site: its fp32 A [R, I] and B [O, R] for each of the layers, or None where it has none."""
+
+    masters: list[tuple[nn.Parameter, nn.Parameter] | None]
+    scaling: float
+    rank: int
 
 
 @dataclass
 class Site:
-    """Linear layers that share their input, with the adapter's weights in the form in which products read them.
+    """Linear layers that share their input, with the adapters' weights in the form in which products read them.
 
-    `ends` are the layers' ends in the output. down [n R, I] holds their A, up [O, R] their B times the scaling, both in
-    the model's dtype; None where none of the layers has an adapter. `masters` are the fp32 A and B, one pair a layer.
+    `ends` are the layers' ends in the output, `names` the layers' in the model. Of one adapter, down [n R, I] holds the
+    layers' A, up [O, R] their B times the scaling, both in the model's dtype; None where none of the layers has an
+    adapter. Of several they are stacked, [J, n R, I] and [J, O, R], with R the largest rank and zeros beyond a smaller.
     """
 
     weight: FrozenWeight
     ends: tuple[int, ...]
-    masters: list[tuple[nn.Parameter, nn.Parameter] | None]
-    scaling: float
-    rank: int
+    names: tuple[str, ...]
+    parts: list[Part] = field(default_factory=list)
     down: torch.Tensor | None = None
     up: torch.Tensor | None = None
 
     @property
+    def rank(self) -> int:
+        return max(part.rank for part in self.parts)
+
+    @property
     def parameters(self) -> list[nn.Parameter]:
-        return [p for pair in self.masters if pair is not None for p in pair]
+        return [p for part in self.parts for pair in part.masters if pair is not None for p in pair]
 
     @property
     def down_t(self) -> torch.Tensor | None:
-        return None if self.down is None else self.down.T
+        return None if self.down is None else self.down.mT
 
     def images(self, dtype: torch.dtype, device: torch.device) -> list[tuple[torch.Tensor, nn.Parameter, float]]:
         """Makes `down` and `up`; where each master is copied to, and by what it is multiplied."""
+        self.down = self.up = None
         if not self.parameters:
             return []
-        self.down = torch.zeros(len(self.ends) * self.rank, self.weight.shape[1], dtype=dtype, device=device)
-        self.up = torch.zeros(self.weight.shape[0], self.rank, dtype=dtype, device=device)
+        count, rank = len(self.parts), self.rank
+        down = torch.zeros(count, len(self.ends) * rank, self.weight.shape[1], dtype=dtype, device=device)
+        up = torch.zeros(count, self.weight.shape[0], rank, dtype=dtype, device=device)
         found = []
-        for j, pair in enumerate(self.masters):
-            if pair is not None:
-                start = self.ends[j - 1] if j else 0
-                found.append((self.down[j * self.rank : (j + 1) * self.rank], pair[0], 1.0))
-                found.append((self.up[start : self.ends[j]], pair[1], self.scaling))
+        for number, part in enumerate(self.parts):
+            for j, pair in enumerate(part.masters):
+                if pair is not None:
+                    start = self.ends[j - 1] if j else 0
+                    found.append((down[number, j * rank : j * rank + part.rank], pair[0], 1.0))
+                    found.append((up[number, start : self.ends[j], : part.rank], pair[1], part.scaling))
+        self.down, self.up = (down, up) if count > 1 else (down[0], up[0])
         return found
 
     @property
@@ -62,34 +81,59 @@ class Site:
         """What dy is multiplied by before it is quantised for dX."""
         return self.weight.column_scale if self.weight.eats_fp8 else None
 
-    def gradient_rows(self, dy: torch.Tensor, largest: torch.Tensor | None = None) -> Rows:
+    def gradient_rows(
+        self, dy: torch.Tensor, groups: Groups | None, largest: torch.Tensor | None = None
+    ) -> Rows:  # fmt: skip
         """dy [M, O] as the product for dX reads it, with its projection on the rank."""
         return ops.project_rows(
             dy, factor=self.factor, down=self.up, segments=self.ends if self.up is not None else (),
-            quantise=self.weight.eats_fp8, largest=largest,
+            quantise=self.weight.eats_fp8, largest=largest, **_of(groups),
         )  # fmt: skip
 
-    def up_gradients(self, whole: torch.Tensor | None) -> list[torch.Tensor | None]:
-        """The gradient of each layer's B [O, R] from that of `up`, fp32 [O, R], which is overwritten."""
-        if whole is None:
-            return []
-        whole.mul_(self.scaling)
+    def up_gradients(self, whole: torch.Tensor | None, groups: Groups | None) -> Gradients:
+        """The gradient of each layer's B from that of `up`, fp32 and of its shape, which is overwritten."""
+        grads: Gradients = []
         starts = (0, *self.ends)
-        return [whole[starts[j] : self.ends[j]] for j, pair in enumerate(self.masters) if pair is not None]
+        for part, own in self._by_adapter(whole, groups):
+            owned = [j for j, pair in enumerate(part.masters) if pair is not None]
+            if own is None:
+                grads += [None] * len(owned)
+            else:
+                own.mul_(part.scaling)
+                grads += [own[starts[j] : self.ends[j], : part.rank] for j in owned]
+        return grads
 
-    def down_gradients(self, whole: torch.Tensor | None) -> list[torch.Tensor | None]:
-        """The gradient of each layer's A [R, I] from that of `down`, fp32 [n R, I]."""
+    def down_gradients(self, whole: torch.Tensor | None, groups: Groups | None) -> Gradients:
+        """The gradient of each layer's A from that of `down`, fp32 and of its shape."""
+        grads: Gradients = []
+        for part, own in self._by_adapter(whole, groups):
+            owned = [j for j, pair in enumerate(part.masters) if pair is not None]
+            if own is None:
+                grads += [None] * len(owned)
+            else:
+                layers = own.view(len(self.ends), self.rank, -1)
+                grads += [layers[j, : part.rank] for j in owned]
+        return grads
+
+    def _by_adapter(self, whole: torch.Tensor | None, groups: Groups | None) -> list[tuple[Part, torch.Tensor | None]]:
+        """Each adapter and its part of a gradient; None for one that has no rows in the pass."""
         if whole is None:
             return []
-        parts = whole.view(len(self.ends), self.rank, -1)
-        return [parts[j] for j, pair in enumerate(self.masters) if pair is not None]
+        if groups is None:
+            return [(part, whole) for part in self.parts]
+        return [(part, whole[number] if groups.rows_of(number) else None) for number, part in enumerate(self.parts)]
 
-    def rank_gradient(self, dy: torch.Tensor, low: torch.Tensor | None) -> torch.Tensor | None:
+    def rank_gradient(self, dy: torch.Tensor, low: torch.Tensor | None, groups: Groups | None) -> torch.Tensor | None:
         """The gradient of `up` from dy [M, O] and low = x A^T [M, n R]."""
-        return None if low is None else rank_gradient(dy, low, self.ends)
+        return None if low is None else rank_gradient(dy, low, self.ends, groups)
 
 
-def _interleave(downs: list[torch.Tensor | None], ups: list[torch.Tensor | None]) -> list[torch.Tensor | None]:
+def _of(groups: Groups | None) -> dict[str, Groups]:
+    """What an op is told of a pass of several adapters; of one adapter it is told nothing."""
+    return {} if groups is None else {"groups": groups}
+
+
+def _interleave(downs: Gradients, ups: Gradients) -> Gradients:
     return [grad for pair in zip(downs, ups, strict=True) for grad in pair]
 
 
@@ -114,10 +158,10 @@ class Layer:
         return self.qkv, self.o, self.gate_up, self.down
 
 
-def _norm(x: torch.Tensor, weight: torch.Tensor, eps: float, site: Site) -> Rows:
+def _norm(x: torch.Tensor, weight: torch.Tensor, eps: float, site: Site, groups: Groups | None) -> Rows:
     segments = (x.shape[1],) if site.down is not None else ()
     return ops.project_rows(
-        x, factor=weight, down=site.down_t, segments=segments, eps=eps, quantise=site.weight.eats_fp8
+        x, factor=weight, down=site.down_t, segments=segments, eps=eps, quantise=site.weight.eats_fp8, **_of(groups)
     )
 
 
@@ -125,118 +169,124 @@ class _Queries(torch.autograd.Function):
     """x [M, I] -> q, k, v after norm, product, rotation; and x: its other reader's gradient comes back here."""
 
     @staticmethod
-    def forward(ctx: Any, x: torch.Tensor, layer: Layer, rotation: Rotation, *_: torch.Tensor) -> Any:
+    def forward(
+        ctx: Any, x: torch.Tensor, layer: Layer, rotation: Rotation, groups: Groups | None, *_: torch.Tensor
+    ) -> Any:  # fmt: skip
         rotation = rotation._replace(bias=layer.bias, q_norm=layer.q_norm, k_norm=layer.k_norm, eps=layer.eps)
-        rows = _norm(x, layer.input_norm, layer.eps, layer.qkv)
+        rows = _norm(x, layer.input_norm, layer.eps, layer.qkv, groups)
         qkv = layer.qkv.weight.matmul(rows)
-        q, k, v = ops.rotate(qkv, rows.low, layer.qkv.up, layer.heads, rotation)
+        q, k, v = ops.rotate(qkv, rows.low, layer.qkv.up, layer.heads, rotation, **_of(groups))
         ctx.save_for_backward(x, rows.rstd, rows.low, qkv if layer.q_norm is not None else None)
-        ctx.layer, ctx.rotation = layer, rotation
+        ctx.layer, ctx.rotation, ctx.groups = layer, rotation, groups
         return q, k, v, x.view_as(x)
 
     @staticmethod
     def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         x, rstd, low, qkv = ctx.saved_tensors
-        layer, site = ctx.layer, ctx.layer.qkv
+        layer, site, groups = ctx.layer, ctx.layer.qkv, ctx.groups
         dy, largest, up_grad = ops.rotate_backward(
-            (grads[0], grads[1], grads[2]), qkv, low, site.up, layer.heads, ctx.rotation, site.factor
+            (grads[0], grads[1], grads[2]), qkv, low, site.up, layer.heads, ctx.rotation, site.factor, **_of(groups)
         )
-        rows = site.gradient_rows(dy, largest)
+        rows = site.gradient_rows(dy, groups, largest)
         dx, down_grad = None, None
         if ctx.needs_input_grad[0]:
             dx, down_grad = ops.norm_backward(
                 site.weight.matmul_t(rows), x, rstd=rstd, weight=layer.input_norm, low=rows.low, down=site.down,
-                projected=low, residual=grads[3],
+                projected=low, residual=grads[3], **_of(groups),
             )  # fmt: skip
         elif rows.low is not None:
             scaled = (rows.low * rstd[:, None]).to(x.dtype)
-            down_grad = rank_gradient(scaled, x, (scaled.shape[1],)) * layer.input_norm
-        return dx, None, None, *_interleave(site.down_gradients(down_grad), site.up_gradients(up_grad))
+            down_grad = rank_gradient(scaled, x, (scaled.shape[1],), groups) * layer.input_norm
+        found = _interleave(site.down_gradients(down_grad, groups), site.up_gradients(up_grad, groups))
+        return dx, None, None, None, *found
 
 
 class _Output(torch.autograd.Function):
     """x [M, I] and attention's output [M, Hq D] -> x + o_proj(attention)."""
 
     @staticmethod
-    def forward(ctx: Any, x: torch.Tensor, attention: torch.Tensor, layer: Layer, *_: torch.Tensor) -> torch.Tensor:
+    def forward(
+        ctx: Any, x: torch.Tensor, attention: torch.Tensor, layer: Layer, groups: Groups | None, *_: torch.Tensor
+    ) -> torch.Tensor:  # fmt: skip
         site = layer.o
         segments = (attention.shape[1],) if site.down is not None else ()
-        rows = ops.project_rows(attention, down=site.down_t, segments=segments, quantise=site.weight.eats_fp8)
+        rows = ops.project_rows(
+            attention, down=site.down_t, segments=segments, quantise=site.weight.eats_fp8, **_of(groups)
+        )
         ctx.save_for_backward(attention, rows.low)
-        ctx.layer = layer
-        return ops.add_low_rank(x, site.weight.matmul(rows), rows.low, site.up)
+        ctx.layer, ctx.groups = layer, groups
+        return ops.add_low_rank(x, site.weight.matmul(rows), rows.low, site.up, **_of(groups))
 
     @staticmethod
     def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         attention, low = ctx.saved_tensors
-        site, dy = ctx.layer.o, grads[0]
-        ups = site.up_gradients(site.rank_gradient(dy, low))
-        rows = site.gradient_rows(dy)
+        site, dy, groups = ctx.layer.o, grads[0], ctx.groups
+        ups = site.up_gradients(site.rank_gradient(dy, low, groups), groups)
+        rows = site.gradient_rows(dy, groups)
         d_attention = site.weight.matmul_t(rows)
-        downs: list[torch.Tensor | None] = []
+        downs: Gradients = []
         if rows.low is not None:
-            d_attention.addmm_(rows.low, site.down)
-            downs = site.down_gradients(rank_gradient(rows.low, attention, (site.rank,)))
-        return dy, d_attention, None, *_interleave(downs, ups)
+            _add_low(d_attention, rows.low, site, groups)
+            downs = site.down_gradients(rank_gradient(rows.low, attention, (site.rank,), groups), groups)
+        return dy, d_attention, None, None, *_interleave(downs, ups)
+
+
+def _add_low(target: torch.Tensor, low: torch.Tensor, site: Site, groups: Groups | None) -> None:
+    """Adds low down to target [M, I], in place; with `groups` each row's with its own adapter's `down`."""
+    assert site.down is not None
+    if groups is None:
+        target.addmm_(low, site.down)
+        return
+    for adapter, start, end in groups.spans:
+        target[start:end].addmm_(low[start:end], site.down[adapter])
 
 
 class _Mlp(torch.autograd.Function):
     """x [M, I] -> x + down(silu(gate(z)) * up(z)), z the norm of x. `keeps` gate and up, or computes them again."""
 
     @staticmethod
-    def forward(ctx: Any, x: torch.Tensor, layer: Layer, keeps: bool, *_: torch.Tensor) -> torch.Tensor:
-        y, rows, low_h, both = _mlp_forward(x, layer)
-        ctx.save_for_backward(x, rows.rstd, rows.low, low_h, both if keeps else None)
-        ctx.layer = layer
-        return y
+    def forward(
+        ctx: Any, x: torch.Tensor, layer: Layer, keeps: bool, groups: Groups | None, *_: torch.Tensor
+    ) -> torch.Tensor:  # fmt: skip
+        rows = _norm(x, layer.output_norm, layer.eps, layer.gate_up, groups)
+        both = layer.gate_up.weight.matmul(rows)
+        h = ops.swiglu(
+            both, rows.low, layer.gate_up.up, down=layer.down.down_t, quantise=layer.down.weight.eats_fp8,
+            **_of(groups),
+        )  # fmt: skip
+        ctx.save_for_backward(x, rows.rstd, rows.low, h.low, both if keeps else None)
+        ctx.layer, ctx.groups = layer, groups
+        return ops.add_low_rank(x, layer.down.weight.matmul(h), h.low, layer.down.up, **_of(groups))
 
     @staticmethod
     def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         x, rstd, low, low_h, both = ctx.saved_tensors
-        layer = ctx.layer
+        layer, dy, groups = ctx.layer, grads[0], ctx.groups
+        site, next_site = layer.gate_up, layer.down
         if both is None:
-            both = layer.gate_up.weight.matmul(_norm(x, layer.output_norm, layer.eps, layer.gate_up))
-        dx, found = _mlp_backward(grads[0], layer, x, Rows(None, low=low, rstd=rstd), low_h, both)
-        return dx, None, None, *found
+            both = site.weight.matmul(_norm(x, layer.output_norm, layer.eps, site, groups))
+        next_ups = next_site.up_gradients(next_site.rank_gradient(dy, low_h, groups), groups)
+        next_rows = next_site.gradient_rows(dy, groups)
+        result = ops.swiglu_backward(
+            next_site.weight.matmul_t(next_rows), both, low, site.up, low_dh=next_rows.low, down=next_site.down,
+            factor=site.factor, quantise=site.weight.eats_fp8, **_of(groups),
+        )  # fmt: skip
+        dx, down_grad = ops.norm_backward(
+            site.weight.matmul_t(result.rows), x, rstd=rstd, weight=layer.output_norm, low=result.rows.low,
+            down=site.down, projected=low, residual=dy, **_of(groups),
+        )  # fmt: skip
+        here = _interleave(site.down_gradients(down_grad, groups), site.up_gradients(result.up, groups))
+        below = _interleave(next_site.down_gradients(result.down, groups), next_ups)
+        return dx, None, None, None, *here, *below
 
 
-def _mlp_forward(x: torch.Tensor, layer: Layer) -> tuple[torch.Tensor, Rows, torch.Tensor | None, torch.Tensor]:
-    """The MLP's output, its input after the norm, the projection of its hidden values, and gate and up."""
-    rows = _norm(x, layer.output_norm, layer.eps, layer.gate_up)
-    both = layer.gate_up.weight.matmul(rows)
-    h = ops.swiglu(both, rows.low, layer.gate_up.up, down=layer.down.down_t, quantise=layer.down.weight.eats_fp8)
-    return ops.add_low_rank(x, layer.down.weight.matmul(h), h.low, layer.down.up), rows, h.low, both
-
-
-def _mlp_backward(
-    dy: torch.Tensor, layer: Layer, x: torch.Tensor, rows: Rows, low_h: torch.Tensor | None, both: torch.Tensor
-) -> tuple[torch.Tensor, list[torch.Tensor | None]]:
-    """The gradients of x and of the parameters; of `rows` low and rstd are read, and `both` is overwritten."""
-    site, next_site = layer.gate_up, layer.down
-    assert rows.rstd is not None
-    next_ups = next_site.up_gradients(next_site.rank_gradient(dy, low_h))
-    next_rows = next_site.gradient_rows(dy)
-    result = ops.swiglu_backward(
-        next_site.weight.matmul_t(next_rows), both, rows.low, site.up, low_dh=next_rows.low, down=next_site.down,
-        factor=site.factor, quantise=site.weight.eats_fp8,
-    )  # fmt: skip
-    dx, down_grad = ops.norm_backward(
-        site.weight.matmul_t(result.rows), x, rstd=rows.rstd, weight=layer.output_norm, low=result.rows.low,
-        down=site.down, projected=rows.low, residual=dy,
-    )  # fmt: skip
-    here = _interleave(site.down_gradients(down_grad), site.up_gradients(result.up))
-    return dx, [*here, *_interleave(next_site.down_gradients(result.down), next_ups)]
-
-
-def _attention_block(x: torch.Tensor, layer: Layer, rotation: Rotation, documents: Documents) -> torch.Tensor:
-    """x + o_proj(attention(norm(x))), [M, I]."""
-    q, k, v, x = _Queries.apply(x, layer, rotation, *layer.qkv.parameters)  # type: ignore[no-untyped-call]
-    attention = attend(q, k, v, documents).flatten(1)
-    return _Output.apply(x, attention, layer, *layer.o.parameters)  # type: ignore[no-any-return, no-untyped-call]
-
-
-def run_layer(x: torch.Tensor, layer: Layer, rotation: Rotation, documents: Documents, *, keeps: bool) -> torch.Tensor:
+def run_layer(
+    x: torch.Tensor, layer: Layer, rotation: Rotation, documents: Documents, *, keeps: bool,
+    groups: Groups | None = None,
+) -> torch.Tensor:  # fmt: skip
     """A decoder layer: x [M, I] -> [M, I]. Unless it `keeps` gate and up, backward computes them again."""
-    x = _attention_block(x, layer, rotation, documents)
+    q, k, v, x = _Queries.apply(x, layer, rotation, groups, *layer.qkv.parameters)  # type: ignore[no-untyped-call]
+    attention = attend(q, k, v, documents).flatten(1)
+    x = _Output.apply(x, attention, layer, groups, *layer.o.parameters)  # type: ignore[no-untyped-call]
     parameters = (*layer.gate_up.parameters, *layer.down.parameters)
-    return _Mlp.apply(x, layer, keeps, *parameters)  # type: ignore[no-any-return, no-untyped-call]
+    return _Mlp.apply(x, layer, keeps, groups, *parameters)  # type: ignore[no-any-return, no-untyped-call]

@@ -1,8 +1,9 @@
 """LoRA on a transformers model: W' = W + (alpha / r) B A, with W frozen; PEFT's format on disk.
 
-`attach` replaces the target linear layers by `LoRALinear`; nothing else of the model is touched. The
-adapter's own weights are fp32 whatever the base's precision. The base is always there: `adapter_off`
-gives its outputs exactly.
+`attach` replaces the target linear layers by `LoRALinear`; nothing else of the model is touched. `new_adapter` makes
+one that is not in the model yet: several may share a base, and `put_in` and `take_out` give each its turn. The
+adapter's own weights are fp32 whatever the base's precision. The base is always there: `Adapter.off` gives its
+outputs exactly.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ from __future__ import annotations
 import contextlib
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -115,6 +116,16 @@ class Adapter:
                     )
                 parameter.copy_(tensors[name])
 
+    def put_in(self, model: nn.Module) -> None:
+        """Makes the model's target layers this adapter's."""
+        for name, layer in self.layers.items():
+            _put(model, name, layer)
+
+    def take_out(self, model: nn.Module) -> None:
+        """Leaves the model as it was before `put_in`."""
+        for name, layer in self.layers.items():
+            _put(model, name, layer.base)
+
     @contextlib.contextmanager
     def off(self) -> Iterator[None]:
         """The base model alone, bit for bit, inside the `with`."""
@@ -144,6 +155,13 @@ def attach(model: nn.Module, config: AdapterConfig, *, seed: int) -> Adapter:
     `model` is frozen throughout except for the adapter. Raises `ModelError` for target modules that the
     model does not have or that are not linear layers.
     """
+    adapter = new_adapter(model, config, seed=seed)
+    adapter.put_in(model)
+    return replace(adapter, biases=_trained_biases(model, config.bias, adapter.layers))
+
+
+def new_adapter(model: nn.Module, config: AdapterConfig, *, seed: int) -> Adapter:
+    """`attach`'s adapter for `model`, which is frozen, without putting it in and without trained biases."""
     for parameter in model.parameters():
         parameter.requires_grad_(False)
     generator = torch.Generator().manual_seed(seed)
@@ -161,10 +179,13 @@ def attach(model: nn.Module, config: AdapterConfig, *, seed: int) -> Adapter:
         nn.init.kaiming_uniform_(start, a=math.sqrt(5), generator=generator)
         with torch.no_grad():
             layer.lora_a.copy_(start)
-        parent, _, child = name.rpartition(".")
-        setattr(model.get_submodule(parent), child, layer)
         layers[name] = layer
-    return Adapter(config, layers, _trained_biases(model, config.bias, layers), targets)
+    return Adapter(config, layers, {}, targets)
+
+
+def _put(model: nn.Module, name: str, module: nn.Module) -> None:
+    parent, _, child = name.rpartition(".")
+    setattr(model.get_submodule(parent), child, module)
 
 
 def target_names(model: Any, target_modules: str | list[str]) -> list[str]:

@@ -18,7 +18,9 @@ from metier.recipe.read import load_recipe, parse_recipe
 from metier.recipe.recipe import CLASSIC, Recipe
 from metier.recipe.section import Section
 from metier.recipe.serve import ServeConfig
+from metier.recipe.sweep import SweepConfig
 from metier.recipe.train import AdapterConfig, TrainConfig
+from metier.recipe.variant import variant
 
 __all__ = [
     "CLASSIC",
@@ -33,7 +35,9 @@ __all__ = [
     "Recipe",
     "Section",
     "ServeConfig",
+    "SweepConfig",
     "TrainConfig",
     "load_recipe",
     "parse_recipe",
+    "variant",
 ]

@@ -17,6 +17,7 @@ from metier.recipe.privacy import PrivacyConfig
 from metier.recipe.scale import ScaleConfig
 from metier.recipe.section import Section
 from metier.recipe.serve import ServeConfig
+from metier.recipe.sweep import SweepConfig
 from metier.recipe.train import AdapterConfig, TrainConfig
 
 
@@ -48,6 +49,7 @@ class Recipe(Section):
     adapter: AdapterConfig = AdapterConfig()
     train: TrainConfig = TrainConfig()
     evaluate: EvaluateConfig = EvaluateConfig()
+    sweep: SweepConfig = SweepConfig()
     serve: ServeConfig = ServeConfig()
     scale: ScaleConfig = ScaleConfig()
 

@@ -72,10 +72,15 @@ def save_checkpoint(folder: Path, progress: Progress, tensors: dict[str, torch.T
 
 
 def load_checkpoint(
-    folder: Path, say: Callable[[str], None]
+    folder: Path, say: Callable[[str], None], *, last: int | None = None
 ) -> tuple[Progress, dict[str, torch.Tensor], dict[str, Any]] | None:
-    """The newest checkpoint that is whole, or None. A damaged one is named through `say` and passed over."""
+    """The newest checkpoint (of step `last` or before) that is whole, or None.
+
+    A damaged one is named through `say` and passed over.
+    """
     for path in _newest_first(folder):
+        if last is not None and int(path.name.removeprefix("step-")) > last:
+            continue
         try:
             state = json.loads((path / "state.json").read_text(encoding="utf-8"))
             digest = state.pop("digest")

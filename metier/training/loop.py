@@ -12,7 +12,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 
@@ -43,7 +43,8 @@ class Report(Protocol):
 class Trainer:
     """A run in progress: the model, what it trains on, and where it stands.
 
-    `adapter` is what is trained, which may be all weights. `val_batches` are this rank's part of the val split.
+    `adapter` is what is trained, which may be all weights. `val_batches` are this rank's part of the val split. `model`
+    is given where it is shared with other adapters.
     """
 
     base: Base
@@ -55,6 +56,7 @@ class Trainer:
     val_batches: Sequence[PackedBatch]
     folder: Path
     say: Callable[[str], None]
+    model: Any = None
 
     def __post_init__(self) -> None:
         self.progress = Progress(micro_batch_tokens=self.plan.micro_batch_tokens, recompute=self.plan.recompute)
@@ -63,25 +65,26 @@ class Trainer:
             list(self.adapter.parameters.values()), lr=self.plan.peak_learning_rate,
             weight_decay=self.config.weight_decay, fused=True,
         )  # fmt: skip
-        self.model = self.base.model
-        if isinstance(self.adapter, Adapter):
-            self.model = fuse(self.base.model, self.adapter, fp8_copies=self.plan.fp8_copies) or self.base.model
+        if self.model is None:
+            self.model = self.base.model
+            if isinstance(self.adapter, Adapter):
+                self.model = fuse(self.base.model, self.adapter, fp8_copies=self.plan.fp8_copies) or self.base.model
         self.has_val = ranks.totals(len(self.val_batches))[0] > 0
         is_fp16 = self.base.dtype == torch.float16
         self.scaler = torch.amp.GradScaler(self.base.device.type, enabled=is_fp16)
 
+    @property
+    def lora(self) -> Adapter:
+        """The adapter, where no other weights are trained."""
+        assert isinstance(self.adapter, Adapter)
+        return self.adapter
+
     def step(self) -> StepResult:
         """The next optimizer step; afterwards `progress` counts it."""
-        try:
-            result = self._attempt()
-        except OutOfMemory as error:
-            reason = str(error)
-        else:
-            return self._counted(result)
-        self._step_back(reason)
-        return self.step()
+        return self.counted(self.attempt())
 
-    def _attempt(self) -> StepResult:
+    def batches(self) -> list[PackedBatch]:
+        """This rank's passes of the next step, on the device."""
         number = self.progress.step
         chosen = [self.train_records[i] for i in records_of_step(self.plan, self.seed, number)]
         places = ranks.share(range(len(chosen)), [record.num_tokens for record in chosen])
@@ -90,18 +93,27 @@ class Trainer:
         batches = pack_batches(
             [chosen[place] for place in places], self.progress.micro_batch_tokens, self.config.micro_batch_size, keys
         )
-        # For an architecture with dropout of its own.
-        torch.manual_seed(seed_of("dropout", self.seed, number))
-        return train_step(
-            self.model,
-            self.optimizer,
-            [batch.to(self.base.device) for batch in batches],
-            learning_rate=self.learning_rate,
-            max_grad_norm=self.config.max_grad_norm,
-            scaler=self.scaler,
-        )
+        return [batch.to(self.base.device) for batch in batches]
 
-    def _counted(self, result: StepResult) -> StepResult:
+    def attempt(self) -> StepResult:
+        """The next step, not counted yet; in smaller passes where memory runs out."""
+        try:
+            return self._train_step()
+        except OutOfMemory as error:
+            reason = str(error)
+        self._step_back(reason)
+        return self.attempt()
+
+    def _train_step(self) -> StepResult:
+        # For an architecture with dropout of its own.
+        torch.manual_seed(seed_of("dropout", self.seed, self.progress.step))
+        return train_step(
+            self.model, self.optimizer, self.batches(), learning_rate=self.learning_rate,
+            max_grad_norm=self.config.max_grad_norm, scaler=self.scaler,
+        )  # fmt: skip
+
+    def counted(self, result: StepResult) -> StepResult:
+        """Counts a step that was made or skipped. Raises `RunError` after three skipped ones in a row."""
         number = self.progress.step
         self.progress.step += 1
         self.progress.num_tokens += result.num_tokens
@@ -167,21 +179,29 @@ class Trainer:
 
     def save(self) -> None:
         """A checkpoint of now, written by rank 0."""
-        if ranks.rank():
-            return
+        if not ranks.rank():
+            save_checkpoint(self.folder, self.progress, *self.state())
+
+    def state(self) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
+        """What `restore` needs beside `progress`: tensors by name, and JSON."""
         tensors = {f"adapter/{k}": v for k, v in self.adapter.tensors().items()}
         tensors |= {f"best/{k}": v for k, v in self.best.items()}
         for name, parameter in self.adapter.parameters.items():
             for key, value in self.optimizer.state.get(parameter, {}).items():
                 tensors[f"optimizer/{key}/{name}"] = value.detach().cpu()
-        save_checkpoint(self.folder, self.progress, tensors, {"scaler": self.scaler.state_dict()})
+        return tensors, {"scaler": self.scaler.state_dict()}
 
     def resume(self) -> bool:
         """Continues from the newest whole checkpoint, if there is one."""
         found = ranks.from_first(load_checkpoint(self.folder, self.say) if not ranks.rank() else None)
         if found is None:
             return False
-        self.progress, tensors, extra = found
+        self.restore(*found)
+        return True
+
+    def restore(self, progress: Progress, tensors: dict[str, torch.Tensor], extra: dict[str, Any]) -> None:
+        """Stands where `progress` and `state()` were taken."""
+        self.progress = progress
         self.adapter.load({k.removeprefix("adapter/"): v for k, v in tensors.items() if k.startswith("adapter/")})
         self.best = {k.removeprefix("best/"): v for k, v in tensors.items() if k.startswith("best/")}
         for name, parameter in self.adapter.parameters.items():
@@ -194,7 +214,6 @@ class Trainer:
         if extra["scaler"]:
             self.scaler.load_state_dict(extra["scaler"])
         set_recompute(self.model, self.progress.recompute)
-        return True
 
     def loop(self, report: Report, metrics: Metrics | None, stop: StopRequest) -> bool:
         """Steps until the plan is done or `stop` is asked for: logs (on rank 0), validates and saves on the way.

@@ -9,16 +9,18 @@ Limits: the run's folder and the base must be reachable by every rank, and every
 
 from __future__ import annotations
 
+import contextlib
 import datetime
 import os
 import signal
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, TypeVar
 
 import torch
 from torch import distributed
 
 T = TypeVar("T")
+_trains_alone = False
 
 
 def start(device: str) -> None:
@@ -45,14 +47,35 @@ def stop() -> None:
         distributed.destroy_process_group()
 
 
+@contextlib.contextmanager
+def alone() -> Iterator[tuple[int, int]]:
+    """Inside, this process trains by itself: `rank()` is 0 of 1. Yields its number and how many there are."""
+    global _trains_alone
+    place = rank(), size()
+    _trains_alone = True
+    try:
+        yield place
+    finally:
+        _trains_alone = False
+
+
 def rank() -> int:
     """This process's number, 0 to `size() - 1`."""
-    return distributed.get_rank() if distributed.is_initialized() else 0
+    return distributed.get_rank() if distributed.is_initialized() and not _trains_alone else 0
 
 
 def size() -> int:
     """How many processes train together."""
-    return distributed.get_world_size() if distributed.is_initialized() else 1
+    return distributed.get_world_size() if distributed.is_initialized() and not _trains_alone else 1
+
+
+def from_everyone(value: T) -> list[T]:
+    """Every process's `value`, in the order of their numbers, also of processes that train alone."""
+    if not distributed.is_initialized():
+        return [value]
+    box: list[Any] = [None] * distributed.get_world_size()
+    distributed.all_gather_object(box, value)
+    return box
 
 
 def share(items: Sequence[T], lengths: Sequence[int]) -> list[T]:

@@ -92,21 +92,42 @@ def train_step(
     elif reason:
         raise OutOfMemory(reason)
     ranks.sum_gradients(parameters)
+    # Of several ranks the loss is known already; of one it may still be on its way.
+    loss = total if ranks.size() == 1 else torch.tensor(loss_of_all, dtype=torch.float64)
+    loss_value, grad_norm, is_finite = update(
+        optimizer, loss, learning_rate=learning_rate, max_grad_norm=max_grad_norm, scaler=scaler
+    )
+    return StepResult(loss_value / loss_weight, grad_norm, int(num_tokens), int(num_loss_tokens), not is_finite)
+
+
+def update(
+    optimizer: torch.optim.Optimizer,
+    loss: torch.Tensor,
+    *,
+    learning_rate: float,
+    max_grad_norm: float,
+    scaler: torch.amp.GradScaler,
+) -> tuple[float, float, bool]:
+    """Clips the gradients that are there, and steps unless they or `loss`, a scalar, are not finite.
+
+    Returns the loss, the norm before clipping, and whether both were finite.
+    """
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
     for group in optimizer.param_groups:
         group["lr"] = learning_rate
-    if total.is_cuda and ranks.size() == 1 and not scaler.is_enabled():
-        loss_of_all, grad_norm = _update_unseen(optimizer, parameters, max_grad_norm, total)
-        is_finite = math.isfinite(grad_norm) and math.isfinite(loss_of_all)
+    if loss.is_cuda and not scaler.is_enabled():
+        loss_value, grad_norm = _update_unseen(optimizer, parameters, max_grad_norm, loss)
+        is_finite = math.isfinite(grad_norm) and math.isfinite(loss_value)
     else:
-        loss_of_all = loss_of_all if ranks.size() > 1 else float(total)
+        loss_value = float(loss)
         scaler.unscale_(optimizer)
         grad_norm = float(torch.nn.utils.clip_grad_norm_(parameters, max_grad_norm))
-        is_finite = math.isfinite(grad_norm) and math.isfinite(loss_of_all)
+        is_finite = math.isfinite(grad_norm) and math.isfinite(loss_value)
         if is_finite:
             scaler.step(optimizer)
         scaler.update()
     optimizer.zero_grad(set_to_none=True)
-    return StepResult(loss_of_all / loss_weight, grad_norm, int(num_tokens), int(num_loss_tokens), not is_finite)
+    return loss_value, grad_norm, is_finite
 
 
 def _update_unseen(

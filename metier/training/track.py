@@ -29,6 +29,10 @@ class Metrics:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Ends the file, and what else was reported to."""
         self._file.close()
         if self._tensorboard:
             self._tensorboard.close()

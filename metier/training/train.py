@@ -96,18 +96,27 @@ def train(
     if ranks.rank():
         return {}
 
-    base_name = base.name if "/" in base.name and not Path(base.name).exists() else str(base.path)
-    save_adapter(work, adapter, trainer.best, base=base_name, revision=base.revision)
-    write_atomic(work / "chat_template.jinja", renderer.template.encode())
+    details = write_files(work, trainer, renderer, labels)
     return complete(
         work, out, kind="adapter", key=key, started=started,
         parents={"dataset": parent["digest"], "base": base.digest},
         config={"adapter": adapter_config.model_dump(), "train": config.model_dump()},
-        details={
-            **facts(trainer), "total_parameters": total,
-            "labels": {split: counted.as_dict() for split, counted in labels.items()},
-        },
+        details=details,
     )  # fmt: skip
+
+
+def write_files(
+    folder: Path, trainer: Trainer, renderer: Renderer, labels: dict[str, LabelReport]
+) -> dict[str, Any]:  # fmt: skip
+    """Writes a finished training's best adapter and its chat template; returns what the manifest says of it."""
+    base = trainer.base
+    base_name = base.name if "/" in base.name and not Path(base.name).exists() else str(base.path)
+    save_adapter(folder, trainer.lora, trainer.best, base=base_name, revision=base.revision)
+    write_atomic(folder / "chat_template.jinja", renderer.template.encode())
+    return {
+        **facts(trainer), "total_parameters": count_parameters(base.model),
+        "labels": {split: counted.as_dict() for split, counted in labels.items()},
+    }  # fmt: skip
 
 
 def read_records(
@@ -142,8 +151,7 @@ def fitted(
     """
     shape = shape_of(empty_model(base.model.config, base.dtype), adapter)
     card, job = card_here(base.device), job_of(records, adapter, config)
-    names = {"float32": ["fp32"], "bfloat16": ["bf16"], "float16": ["fp16"], "fp8": ["fp8", LEAN_FP8]}
-    ways = choices(shape, job, card, config, names.get(base.precision, [base.precision]))
+    ways = choices(shape, job, card, config, precisions_of(base))
     loaded = min(way.memory["frozen base"] for way in ways) + (0 if card.is_cpu else CONTEXT_BYTES)
     chosen = best(ways, card.memory_bytes + loaded)
     if chosen is None:
@@ -155,6 +163,12 @@ def fitted(
         f"{(chosen.total_bytes - loaded) / GIB:.1f} GiB beside the base expected")  # fmt: skip
     copies = 1 if chosen.precision == LEAN_FP8 else 2
     return replace(plan, micro_batch_tokens=chosen.micro_batch_tokens, recompute=chosen.recompute, fp8_copies=copies)
+
+
+def precisions_of(base: Base) -> list[str]:
+    """What the planner calls the precision in which the loaded base is kept."""
+    names = {"float32": ["fp32"], "bfloat16": ["bf16"], "float16": ["fp16"], "fp8": ["fp8", LEAN_FP8]}
+    return names.get(base.precision, [base.precision])
 
 
 def loop_to_end(trainer: Trainer, work: Path, report_to: list[str], run_name: str, report: Report) -> None:

@@ -8,10 +8,11 @@ import pytest
 import torch
 
 from metier.model.fused import FusedModel, Recompute, fuse, is_fused_architecture
-from metier.model.lora import Adapter, attach
+from metier.model.lora import Adapter, attach, new_adapter
 from metier.recipe import AdapterConfig
 from metier.training.pack import PackedBatch, pack_batches
 from metier.training.step import loss_sum
+from metier.training.together import side_by_side
 from tests.model.test_lora import randomised
 from tests.model.tiny import KINDS, Kind, tiny_model
 from tests.training.test_pack import random_records
@@ -122,3 +123,47 @@ def test_what_the_fused_path_does_not_do_takes_the_other() -> None:
     assert is_fused_architecture(config)
     config.sliding_window = 16
     assert not is_fused_architecture(config)
+
+
+TOGETHER: list[dict[str, Any]] = [
+    {"rank": 3, "alpha": 6}, {"rank": 5, "use_rslora": True}, {"rank": 2},
+    {"rank": 7, "alpha": 1, "target_modules": ["q_proj", "up_proj", "down_proj"]},
+]  # fmt: skip
+
+
+def adapters_of(model: Any, settings: list[dict[str, Any]]) -> list[Adapter]:
+    found = []
+    for number, each in enumerate(settings):
+        adapter = randomised(new_adapter(model, AdapterConfig(**each), seed=number))
+        for parameter in adapter.parameters.values():
+            parameter.data = parameter.data.double() * (1 + number)
+        found.append(adapter)
+    return found
+
+
+@pytest.mark.parametrize("recompute", ["none", "mlp", "layer"])
+@pytest.mark.parametrize("kind", ["qwen2", "qwen3"])
+def test_several_adapters_get_the_gradients_of_their_own_runs(kind: Kind, recompute: Recompute) -> None:
+    model = tiny_model(kind)[0].double()
+    adapters = adapters_of(model, TOGETHER)
+    company = [
+        (number, pack_batches(random_records(3 + number, model.config.vocab_size, seed=number), 10_000, 99)[0])
+        for number in (3, 0, 1)  # the third adapter has no rows, and the rows are not in the adapters' order
+    ]
+    batch, spans, sizes = side_by_side(company)
+    fused = fuse(model, *adapters, recompute=recompute)
+    assert fused is not None
+    losses = fused.losses(batch, spans)
+    torch.autograd.backward(losses.sum())
+    apart = dict(zip([number for number, _ in sizes], losses.detach().split([size for _, size in sizes]), strict=True))
+    together = [{name: p.grad for name, p in adapter.parameters.items()} for adapter in adapters]
+    assert all(grad is None for grad in together[2].values())
+    for number, own in company:
+        fused.hold([adapters[number]])
+        loss, want = gradients(fused, adapters[number], own)
+        assert float(apart[number].sum()) == pytest.approx(float(loss), rel=1e-12)
+        for name, grad in want.items():
+            got = together[number][name]
+            assert got is not None
+            assert grad.norm() > 0
+            assert (got - grad).norm() <= 1e-11 * grad.norm(), (number, name)

@@ -236,7 +236,7 @@ def test_a_changed_setting_makes_anew_what_it_touches_alone(
 
 def test_the_adapter_with_the_lowest_validation_loss_is_kept(recipe: Path, tmp_path: Path) -> None:
     # A rate that stays high: the loss on notes never seen goes up and down.
-    settings = ("train.learning_rate=0.1", "train.min_learning_rate=0.1", "train.eval_every=1", "seed=6")
+    settings = ("train.learning_rate=0.1", "train.min_learning_rate=0.1", "train.eval_every=1", "seed=1")
     train(recipe, tmp_path, Stopper(), *settings)
     lines = [json.loads(line) for line in (tmp_path / "adapter" / "metrics.jsonl").read_text().splitlines()]
     losses = {line["step"]: line["val_loss"] for line in lines if "val_loss" in line}
