@@ -139,6 +139,8 @@ def _type_name(annotation: Any, metadata: typing.Sequence[Any] = ()) -> str:
         return _type_name(inner, limits)
     if origin is typing.Literal:
         return ", ".join(f"`{a}`" for a in arguments)
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return f"{{{', '.join(annotation.model_fields)}}}"
     if origin is list:
         return f"list of {_type_name(arguments[0])}"
     if arguments:
