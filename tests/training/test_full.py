@@ -15,6 +15,7 @@ from metier import pipeline
 from metier.errors import Interrupted, RunError
 from metier.recipe import Recipe, load_recipe
 from metier.training.full import refuse_too_large
+from tests.training.notes import write_project
 
 RECIPE = """\
 base: {base}
@@ -44,11 +45,7 @@ class Stopper:
 
 @pytest.fixture(scope="module")
 def recipe(tiny_base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("project")
-    rows = [f"note {i} with {'fever ' * (i % 5)}and pain,{('Skin', 'Blood')[i * 7 % 2]}" for i in range(48)]
-    (folder / "notes.csv").write_text("note,chapter\n" + "\n".join(rows) + "\n")
-    (folder / "recipe.yaml").write_text(RECIPE.format(base=tiny_base))
-    return folder / "recipe.yaml"
+    return write_project(tmp_path_factory.mktemp("project"), RECIPE.format(base=tiny_base))
 
 
 def full(recipe: Path, out: Path, ui: Stopper) -> Path:

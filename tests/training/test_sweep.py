@@ -23,6 +23,7 @@ from metier.training.loop import Trainer
 from metier.training.schedule import make_plan
 from metier.training.search import Search
 from metier.training.together import Together
+from tests.training.notes import write_project
 from tests.training.test_pack import random_records
 
 RECIPE = """\
@@ -38,11 +39,7 @@ evaluate: {{bootstrap_samples: 100, forgetting: false, memorisation_items: 0}}
 
 @pytest.fixture(scope="module")
 def recipe(tiny_base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("project")
-    rows = [f"note {i} with {'fever ' * (i % 5)}and pain,{('Skin', 'Blood')[i * 7 % 2]}" for i in range(48)]
-    (folder / "notes.csv").write_text("note,chapter\n" + "\n".join(rows) + "\n")
-    (folder / "recipe.yaml").write_text(RECIPE.format(base=tiny_base))
-    return folder / "recipe.yaml"
+    return write_project(tmp_path_factory.mktemp("project"), RECIPE.format(base=tiny_base))
 
 
 def ranged(recipe: Path, out: Path, ranges: dict[str, Any], **settings: Any) -> Recipe:

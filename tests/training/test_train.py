@@ -25,6 +25,7 @@ from metier.training.labels import render_records
 from metier.training.pack import pack_batches
 from metier.training.step import mean_loss
 from metier.training.train import read_split
+from tests.training.notes import write_project
 
 ROOT = Path(__file__).parents[2]
 ADAPTER = "adapter/adapter_model.safetensors"
@@ -60,11 +61,7 @@ class Stopper:
 
 @pytest.fixture(scope="module")
 def recipe(tiny_base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("project")
-    rows = [f"note {i} with {'fever ' * (i % 5)}and pain,{('Skin', 'Blood')[i * 7 % 2]}" for i in range(48)]
-    (folder / "notes.csv").write_text("note,chapter\n" + "\n".join(rows) + "\n")
-    (folder / "recipe.yaml").write_text(RECIPE.format(base=tiny_base))
-    return folder / "recipe.yaml"
+    return write_project(tmp_path_factory.mktemp("project"), RECIPE.format(base=tiny_base))
 
 
 @pytest.fixture(scope="module")
