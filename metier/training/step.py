@@ -6,8 +6,9 @@ equals 8 x 1. With weights w, of class-weighted records, it is sum(w * loss) / s
 
 from __future__ import annotations
 
+import contextlib
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,6 +17,7 @@ import torch
 from metier.kernels.reference import cross_entropy_sum
 from metier.model.fused import FusedModel
 from metier.model.lora import LoRALinear
+from metier.model.shards import shards_of
 from metier.training import ranks
 from metier.training.pack import PackedBatch
 
@@ -77,13 +79,15 @@ def train_step(
     )
     weight = scaler.scale(torch.full_like(total, 1 / loss_weight))
     reason = ""
-    try:
-        for batch in batches:
-            total += accumulate(model, batch, weight)
-    except (RuntimeError, MemoryError) as error:
-        if not is_out_of_memory(error):
-            raise
-        reason = (str(error).splitlines() or ["memory"])[0]
+    for batch, this_pass in passes(model, batches, backward=True):
+        with this_pass:
+            try:
+                if batch is not None and not reason:
+                    total += accumulate(model, batch, weight)
+            except (RuntimeError, MemoryError) as error:
+                if not is_out_of_memory(error):
+                    raise
+                reason = (str(error).splitlines() or ["memory"])[0]
     # The failed pass's activations are free from here on. The ranks agree before they add up gradients.
     if ranks.size() > 1:
         loss_of_all, num_failed = ranks.totals(0.0 if reason else float(total), bool(reason))
@@ -98,6 +102,19 @@ def train_step(
         optimizer, loss, learning_rate=learning_rate, max_grad_norm=max_grad_norm, scaler=scaler
     )
     return StepResult(loss_value / loss_weight, grad_norm, int(num_tokens), int(num_loss_tokens), not is_finite)
+
+
+def passes(
+    model: Any, batches: Sequence[PackedBatch], *, backward: bool
+) -> Iterator[tuple[PackedBatch | None, contextlib.AbstractContextManager[None]]]:  # fmt: skip
+    """Each batch, and what its pass is to be made within.
+
+    Where the base is shared over the ranks they all make as many passes; None is one of other ranks' alone.
+    """
+    inner = model.model if isinstance(model, FusedModel) else model
+    shards = shards_of(inner)
+    for batch in ranks.in_turn(batches, together=shards is not None):
+        yield batch, shards.one_pass(backward=backward) if shards else contextlib.nullcontext()
 
 
 def update(
@@ -171,7 +188,10 @@ def mean_loss(model: Any, batches: Sequence[PackedBatch]) -> float:
     was_training = model.training
     model.eval()
     try:
-        mine = sum(float(loss_sum(model, batch)) for batch in batches)
+        mine = 0.0
+        for batch, this_pass in passes(model, batches, backward=False):
+            with this_pass:
+                mine += float(loss_sum(model, batch)) if batch is not None else 0.0
     finally:
         model.train(was_training)
     num_loss_tokens = sum(batch.num_loss_tokens for batch in batches)
