@@ -8,18 +8,21 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
+from metier.errors import RunError
 from metier.kernels.reference import cross_entropy_sum
 from metier.model.fused import FusedModel
 from metier.model.lora import LoRALinear
 from metier.model.shards import shards_of
 from metier.training import ranks
 from metier.training.pack import PackedBatch
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, slots=True)
@@ -138,10 +141,10 @@ def update(
     else:
         loss_value = float(loss)
         scaler.unscale_(optimizer)
-        grad_norm = float(torch.nn.utils.clip_grad_norm_(parameters, max_grad_norm))
+        grad_norm = float(_with_room(optimizer, lambda: torch.nn.utils.clip_grad_norm_(parameters, max_grad_norm)))
         is_finite = math.isfinite(grad_norm) and math.isfinite(loss_value)
         if is_finite:
-            scaler.step(optimizer)
+            _with_room(optimizer, lambda: scaler.step(optimizer))
         scaler.update()
     optimizer.zero_grad(set_to_none=True)
     return loss_value, grad_norm, is_finite
@@ -154,15 +157,40 @@ def _update_unseen(
 
     That is what fused optimizers do for torch's loss scaler, which sets the same attribute. Returns loss and norm.
     """
-    norm = torch.nn.utils.clip_grad_norm_(parameters, max_grad_norm)
+    norm = _with_room(optimizer, lambda: torch.nn.utils.clip_grad_norm_(parameters, max_grad_norm))
     numbers = torch.stack([loss.to(norm.dtype), norm])
     optimizer.grad_scale, optimizer.found_inf = None, (~numbers.isfinite()).any().to(torch.float32)
     try:
-        optimizer.step()
+        _with_room(optimizer, optimizer.step)
     finally:
         del optimizer.grad_scale, optimizer.found_inf
     loss_value, norm_value = numbers.tolist()
     return loss_value, norm_value
+
+
+def _with_room(optimizer: torch.optim.Optimizer, act: Callable[[], T]) -> T:
+    """`act()`, a part of an update, once more where memory ran out before it changed anything.
+
+    Never the whole step: beside others' updates, or on another rank, it may be made already. Raises `RunError` where
+    memory runs out again.
+    """
+    for is_last in (False, True):
+        try:
+            return act()
+        except (RuntimeError, MemoryError) as error:
+            if not is_out_of_memory(error):
+                raise
+            if is_last:
+                raise RunError(
+                    "out of memory in the optimizer's step, after the gradients were computed",
+                    hint="a smaller `adapter.rank`, or fewer bits (`train.precision`); the last checkpoint is intact",
+                ) from None
+            error.__traceback__ = None
+        # A parameter whose moments were not all made is one without moments.
+        for parameter in [p for p, state in optimizer.state.items() if "exp_avg_sq" not in state]:
+            del optimizer.state[parameter]
+        torch.cuda.empty_cache()
+    raise AssertionError("the last one returns or raises")
 
 
 def is_out_of_memory(error: BaseException) -> bool:

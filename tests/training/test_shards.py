@@ -50,11 +50,12 @@ CASES = [("llama", "fp32", "none"), ("llama", "nf4", "full"), ("phi", "fp32", "f
 # Trains on a device of so many bytes, that takes NF4 and computes in fp32; tells the bytes of all tensors.
 DEVICE = """
 import dataclasses, json, sys
+from pathlib import Path
 import torch
 from metier import pipeline
 from metier.model import device, load
 from metier.recipe import load_recipe
-from metier.terminal import terminal
+from metier.terminal import Terminal
 from metier.training import cards, train
 from tests.training.test_shards import telling
 
@@ -64,14 +65,14 @@ device.check_storage = load.check_storage = lambda storage, device: None
 for recipe, memory in json.loads(sys.argv[1]):
     cards.card_here = train.card_here = lambda device: dataclasses.replace(here(device), memory_bytes=memory)
     with telling(recipe.replace("recipe.yaml", "held")):
-        pipeline.train(load_recipe(recipe), terminal())
+        pipeline.train(load_recipe(Path(recipe)), Terminal())
 """
 
 
 def num_bytes() -> int:
     """Of all tensors that there are, each storage once."""
     gc.collect()
-    tensors = [t for t in gc.get_objects() if isinstance(t, torch.Tensor) and not t.is_meta]
+    tensors = [t for t in gc.get_objects() if issubclass(type(t), torch.Tensor) and not t.is_meta]
     return sum({t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}.values())
 
 
@@ -139,9 +140,9 @@ def trained(bases: Path) -> tuple[dict[str, Path], str]:
     folders, jobs = {}, []
     for kind, precision, recompute in CASES:
         folder = folders[f"{kind}-{precision}"] = bases / f"{kind}-{precision}"
-        (folder / "two").mkdir(parents=True)
         for name in ("one", "two"):
             text = RECIPE.format(base=bases / kind, precision=precision, recompute=recompute, out=folder / name / "run")
+            (folder / name).mkdir(parents=True, exist_ok=True)
             path = write_project(folder / name, text)
             pipeline.prepare(load_recipe(path))
         jobs.append((str(path), memory_between(bases / kind, precision, recompute)))
