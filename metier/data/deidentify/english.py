@@ -15,6 +15,7 @@ from metier.data.deidentify.lexicon import cues, word_set, words
 from metier.data.deidentify.spans import Span
 
 LETTER = "A-Za-z\u00c0-\u024f"
+CAPITAL = re.compile("[A-Z\u00c0-\u00de]")
 WORD = re.compile(rf"(?<![0-9{LETTER}])[{LETTER}]+(?:['-][{LETTER}]+)*(?![0-9{LETTER}])")
 _ORG_MORE = re.compile(r"(?:\.?,? ?(?:& )?(?:Co|KGaA|KG|OHG|OG|GesbR|mbH|Inc|Ltd|LLC|LLP|S\.?A|AG)\b\.?)+")
 _ORG_CUES = re.compile(
