@@ -112,7 +112,8 @@ def inspect(
             rendered, report = render_records(ids, conversations, renderer, loaded.train)
             typer.echo(
                 f"{split}: {report.num_records} records, {report.num_tokens} tokens, {report.num_loss_tokens} of them "
-                f"trained, longest {report.longest}; {len(report.cut_prompts)} prompts cut, "
+                f"trained, longest {report.longest}; {len(report.cut_prompts)} prompts cut "
+                f"({sum(report.cut_prompts.values())} tokens), "
                 f"{len(report.left_out)} left out"
             )
             shown = rendered[:records] if split == "train" else []
@@ -168,7 +169,7 @@ def _print_counts(manifest: dict[str, Any]) -> None:
         + (f"; {counts['synthetic']} synthetic records for training" if counts["synthetic"] else "")
     )
     for reason, number in manifest["rejected_by_reason"].items():
-        typer.echo(f"  rejected {number}: {reason}")
+        typer.echo(f"  rejected {number}: {reason}; such as {', '.join(manifest['rejected_examples'][reason])}")
     for role, found in manifest["roles"].items():
         typer.echo(f"  {role}: {found}")
     for column in manifest["columns"]:
@@ -194,7 +195,8 @@ def _print_leakage(manifest: dict[str, Any]) -> None:
     typer.echo(f"  held-out records with their like in train: {shown}")
     if manifest["label_conflicts"]:
         typer.echo(
-            f"  near-duplicates with different labels: {manifest['label_conflicts']} pairs, in conflicts.parquet"
+            f"  the same or nearly the same text with different labels: {manifest['label_conflicts']} pairs, in "
+            "conflicts.parquet"
         )
     if domain := manifest.get("domain"):
         typer.echo(

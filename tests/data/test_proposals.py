@@ -92,7 +92,8 @@ def test_history_comes_before_the_prompt(tmp_path: Path) -> None:
     rows += [{"instruction": "bad", "output": "x", "history": ["a"]}]
     manifest = make(tmp_path, rows, "")
     assert manifest["roles"]["history"] == "history"
-    assert manifest["rejected_by_reason"] == {"history is not a list of [question, answer] pairs": 1}
+    reason = "history is not a list of [question, answer] pairs; `data.history: none` leaves the column out"
+    assert manifest["rejected_by_reason"] == {reason: 1}
     turns = {m[-2]["content"]: [t["content"] for t in m] for m in records(tmp_path)["messages"].to_list()}
     assert turns["and 3?"] == ["first", "one", "and 3?", "answer 3"]
     assert turns["alone"] == ["alone", "x"] and turns["text"] == ["a", "b", "text", "x"]
