@@ -79,7 +79,7 @@ class Accounts:
         first = next((item for item in self.rejected if not item.source.is_test), None)
         raise DataError(
             f"no record is left to train on: all {rows:,} rows of `data.sources` were rejected: {reasons}",
-            hint=f"the first one is {first.source.name}, {first.reason}; `data.prompt` and `data.answer` name the columns"
+            hint=f"the first is {first.source.name}, {first.reason}; `data.prompt` and `data.answer` name the columns"
             if first
             else None,
         )

@@ -10,8 +10,9 @@ a record when it was trained on a data set whose train split holds it; by val it
 holds places and keyed hashes, no identifiers. `revoked.json` in the folder of an adapter (or of `full`, all weights)
 says that it learned from them, or may have: where it was trained on a data set that is no longer there.
 
-Limits: rows that were rejected are not known by person, and may come back where the recipe changes; what an adapter was merged into, quantised or copied to is not known here. A value that de-identification
-removed is found where the data set has a subjects.parquet (record_id, subject_hash).
+Limits: rows that were rejected are not known by person, and may come back where the recipe changes; what an adapter
+was merged into, quantised or copied to is not known here. A value that de-identification removed is found where the
+data set has a subjects.parquet (record_id, subject_hash).
 """
 
 from __future__ import annotations

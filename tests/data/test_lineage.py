@@ -183,3 +183,21 @@ def test_the_verbs_tell_and_log_without_the_value(tmp_path: Path, monkeypatch: p
     assert none.exit_code == 0 and "0 records" in none.output
     wrong = CliRunner().invoke(app, ["trace", "--subject", "P3", str(tmp_path / "no run")])
     assert isinstance(wrong.exception, RunError) and not (tmp_path / "no run").exists()
+
+
+def test_a_prepared_run_is_verified_as_far_as_it_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("METIER_KEY_FILE", str(tmp_path / "key"))
+    _, run = prepared(tmp_path)
+    shown = CliRunner().invoke(app, ["verify", str(run)])
+    assert shown.exit_code == 0 and "there is no adapter and evidence yet" in shown.output
+    lines = (run / "audit.jsonl").read_text(encoding="utf-8").splitlines(keepends=True)
+    for number, line in enumerate(lines, start=1):
+        other = [*lines[: number - 1], line.replace('"action": "', '"action": "x'), *lines[number:]]
+        (run / "audit.jsonl").write_text("".join(other), encoding="utf-8")
+        assert f"line {number}: altered" in CliRunner().invoke(app, ["verify", str(run)]).output
+    (run / "audit.jsonl").write_text("".join(lines), encoding="utf-8")
+    (run / "dataset" / "records.parquet").write_bytes(b"other")
+    assert "records.parquet: its bytes are not those" in CliRunner().invoke(app, ["verify", str(run)]).output
+    adapter_of(run)
+    (run / "adapter" / "revoked.json").write_text("[]")
+    assert "was forgotten; `metier run` trains anew" in CliRunner().invoke(app, ["verify", str(run)]).output
