@@ -87,7 +87,7 @@ def inspect(
     from rich.text import Text
 
     from metier.data.prepare import prepare as prepare_stage
-    from metier.data.terms import token_cost
+    from metier.data.terms import chinese_cost, token_cost
     from metier.domains import load_domain
     from metier.model.chat import IGNORE_INDEX, Renderer, eos_token_ids
     from metier.model.load import load_tokenizer
@@ -109,6 +109,10 @@ def inspect(
         console = Console(highlight=False, soft_wrap=True)
         for split in ("train", "val", "test"):
             ids, conversations = read_split(dataset, split)
+            if split == "train" and not loaded.domain:
+                texts = [turn["content"] for turns in conversations[:200] for turn in turns]
+                for line in chinese_cost(texts, renderer.tokenizer.encode):
+                    typer.echo(line)
             rendered, report = render_records(ids, conversations, renderer, loaded.train)
             typer.echo(
                 f"{split}: {report.num_records} records, {report.num_tokens} tokens, {report.num_loss_tokens} of them "
