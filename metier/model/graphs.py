@@ -32,6 +32,9 @@ class Pass(Protocol):
     layer_size: int
     num_adapters: int
 
+    @property
+    def drops_out(self) -> bool: ...
+
     def losses_of(
         self, inputs: dict[str, torch.Tensor], documents: Documents, groups: Groups | None
     ) -> torch.Tensor: ...  # fmt: skip
@@ -96,11 +99,13 @@ class GraphedPasses:
             groups = Groups(spans, self.run.num_adapters).on(weights.device)
             # A power of two: shares beyond an adapter's rows cost next to nothing.
             bucket = replace(bucket, longest=1 << (groups.longest - 1).bit_length(), grain=groups.grain)
-        key = (self.run.recompute, *bucket.key)
+        key = (self.run.recompute, self.run.drops_out, *bucket.key)
         if key not in self.recorded and len(self.recorded) >= self.max_graphs:
             return None
         inputs = padded_inputs(batch, bucket)
         inputs["weights"] = functional.pad(weights, (0, bucket.num_positions - weights.shape[0]))
+        if self.run.drops_out:
+            inputs["row_keys"] = functional.pad(batch.row_keys, (0, bucket.num_tokens - batch.row_keys.shape[0]))
         if groups is not None and groups.bounds is not None:
             inputs["bounds"] = groups.bounds
         self._attach_grads()
