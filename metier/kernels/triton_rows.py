@@ -137,14 +137,18 @@ def project_rows(
     eps: float | None = None,
     quantise: bool = False,
     largest: torch.Tensor | None = None,
+    into: torch.Tensor | None = None,
 ) -> Rows:
+    """`into` [M, I] e4m3 is written to, where it is given, instead of new memory."""
     num_rows, num_cols = x.shape
     is_norm = eps is not None
     assert is_norm or quantise or factor is None
     rank = down.shape[1] if down is not None else 0
     is_fused = 0 < rank <= MAX_FUSED_RANK
     target, scale, rstd, low = x, x, x, None
-    if is_norm or quantise:
+    if into is not None and quantise:
+        target = into
+    elif is_norm or quantise:
         target = torch.empty(num_rows, num_cols, device=x.device, dtype=FP8 if quantise else x.dtype)
     if quantise:
         scale = torch.empty(num_rows, 1, device=x.device, dtype=torch.float32)

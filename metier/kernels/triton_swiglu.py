@@ -14,7 +14,7 @@ import torch
 import triton
 import triton.language as tl
 
-from metier.kernels.reference import Rows, SwigluGrads, rank_gradient
+from metier.kernels.reference import FP8, Rows, SwigluGrads, rank_gradient
 from metier.kernels.triton_rows import project_rows
 
 # Wider low-rank parts leave the kernels' registers and go through cuBLAS.
@@ -233,5 +233,9 @@ def swiglu_backward(
         assert low_dh is not None
         down_grad = rank_gradient(low_dh, dh, (next_rank,))
     segments = (half, 2 * half) if up is not None else ()
-    rows = project_rows(gate_up, factor=factor, down=up, segments=segments, quantise=quantise, largest=largest)
+    # In 16 bits dh, read for the last time, has just the size of the two gradients in e4m3.
+    into = dh.view(FP8) if quantise and dh.element_size() == 2 else None
+    rows = project_rows(
+        gate_up, factor=factor, down=up, segments=segments, quantise=quantise, largest=largest, into=into
+    )
     return SwigluGrads(rows, up_grad, down_grad)

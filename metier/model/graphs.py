@@ -71,6 +71,7 @@ class GraphedPasses:
     max_seqlen: int = 128
     num_documents: int = 8
     pool: Any = None
+    stream: Any = None
     max_graphs: int = MAX_GRAPHS
 
     def accumulate(self, batch: Any, weight: torch.Tensor) -> torch.Tensor | None:
@@ -127,6 +128,7 @@ class GraphedPasses:
     def _record(self, inputs: dict[str, torch.Tensor], bucket: Bucket) -> _Recorded | None:
         """The pass as a graph; None, and no graphs from then on, when memory for one is not there."""
         buffers = {name: value.clone() for name, value in inputs.items()}
+        buffers["weight"].zero_()  # the pass that is made before recording adds nothing to the gradients
         documents = Documents(buffers["cu_seqlens"], bucket.max_seqlen, None, None, bucket.equal)
 
         def once() -> torch.Tensor:
@@ -136,8 +138,9 @@ class GraphedPasses:
             torch.autograd.backward(loss * buffers["weight"])
             return loss.detach()
 
-        kept = [grad.clone() for grad in self.grads]
-        stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
+        if self.stream is None:  # one for all, since libraries make a workspace for each stream
+            self.stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
+        stream = self.stream
         stream.wait_stream(torch.cuda.current_stream())
         graph = torch.cuda.CUDAGraph()
         try:
@@ -152,7 +155,6 @@ class GraphedPasses:
             error.__traceback__ = None  # its frames hold the activations
             self.recorded.clear()
             self.pool, self.max_graphs = None, 0
-        torch._foreach_copy_(self.grads, kept)
         return _Recorded(graph, buffers, loss) if self.max_graphs else None
 
 

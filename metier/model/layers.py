@@ -242,11 +242,16 @@ def _add_low(target: torch.Tensor, low: torch.Tensor, site: Site, groups: Groups
 
 
 class _Mlp(torch.autograd.Function):
-    """x [M, I] -> x + down(silu(gate(z)) * up(z)), z the norm of x. `keeps` gate and up, or computes them again."""
+    """x [M, I] -> x, after leaving h = silu(gate(z)) * up(z), z the norm of x, in `found` for `_Down`.
+
+    `keeps` gate and up, or computes them again. Its backward is that of both: it is given `_Down`'s gradient as it is.
+    Cut in two, since recomputation ends with the last tensor that is kept: the down product is not computed again.
+    """
 
     @staticmethod
     def forward(
-        ctx: Any, x: torch.Tensor, layer: Layer, keeps: bool, groups: Groups | None, *_: torch.Tensor
+        ctx: Any, x: torch.Tensor, layer: Layer, keeps: bool, groups: Groups | None, found: list[Rows],
+        *_: torch.Tensor,
     ) -> torch.Tensor:  # fmt: skip
         rows = _norm(x, layer.output_norm, layer.eps, layer.gate_up, groups)
         both = layer.gate_up.weight.matmul(rows)
@@ -254,9 +259,10 @@ class _Mlp(torch.autograd.Function):
             both, rows.low, layer.gate_up.up, down=layer.down.down_t, quantise=layer.down.weight.eats_fp8,
             **_of(groups),
         )  # fmt: skip
+        found.append(h)
         ctx.save_for_backward(x, rows.rstd, rows.low, h.low, both if keeps else None)
         ctx.layer, ctx.groups = layer, groups
-        return ops.add_low_rank(x, layer.down.weight.matmul(h), h.low, layer.down.up, **_of(groups))
+        return x.view_as(x)
 
     @staticmethod
     def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
@@ -271,13 +277,27 @@ class _Mlp(torch.autograd.Function):
             next_site.weight.matmul_t(next_rows), both, low, site.up, low_dh=next_rows.low, down=next_site.down,
             factor=site.factor, quantise=site.weight.eats_fp8, **_of(groups),
         )  # fmt: skip
+        del both  # a third of what a recomputed layer holds, and read for the last time
         dx, down_grad = ops.norm_backward(
             site.weight.matmul_t(result.rows), x, rstd=rstd, weight=layer.output_norm, low=result.rows.low,
             down=site.down, projected=low, residual=dy, **_of(groups),
         )  # fmt: skip
         here = _interleave(site.down_gradients(down_grad, groups), site.up_gradients(result.up, groups))
         below = _interleave(next_site.down_gradients(result.down, groups), next_ups)
-        return dx, None, None, None, *here, *below
+        return dx, None, None, None, None, *here, *below
+
+
+class _Down(torch.autograd.Function):
+    """x [M, I] -> x + down(h), h taken from `found`; the gradient goes back to `_Mlp` unchanged."""
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, site: Site, groups: Groups | None, found: list[Rows]) -> torch.Tensor:
+        h = found.pop()
+        return ops.add_low_rank(x, site.weight.matmul(h), h.low, site.up, **_of(groups))
+
+    @staticmethod
+    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        return grads[0], None, None, None
 
 
 def run_layer(
@@ -289,4 +309,6 @@ def run_layer(
     attention = attend(q, k, v, documents).flatten(1)
     x = _Output.apply(x, attention, layer, groups, *layer.o.parameters)  # type: ignore[no-untyped-call]
     parameters = (*layer.gate_up.parameters, *layer.down.parameters)
-    return _Mlp.apply(x, layer, keeps, groups, *parameters)  # type: ignore[no-any-return, no-untyped-call]
+    found: list[Rows] = []
+    x = _Mlp.apply(x, layer, keeps, groups, found, *parameters)  # type: ignore[no-untyped-call]
+    return _Down.apply(x, layer.down, groups, found)  # type: ignore[no-any-return, no-untyped-call]

@@ -7,6 +7,8 @@ from typing import Any
 import pytest
 import torch
 
+from metier.kernels.frozen import DenseWeight
+from metier.kernels.reference import Rows
 from metier.model.fused import FusedModel, Recompute, fuse, is_fused_architecture
 from metier.model.lora import Adapter, attach, new_adapter
 from metier.recipe import AdapterConfig
@@ -78,6 +80,28 @@ def test_fp32_is_equal_to_rounding(kind: Kind) -> None:
     assert abs(float(got - want)) <= 1e-5 * float(want)
     for name, grad in want_grads.items():
         assert (got_grads[name] - grad).norm() <= 5e-5 * grad.norm(), name
+
+
+class CountedWeight(DenseWeight):
+    """A weight that counts its forward products."""
+
+    __slots__ = ("count",)
+
+    def matmul(self, x: Rows) -> torch.Tensor:
+        self.count = getattr(self, "count", 0) + 1
+        return super().matmul(x)
+
+
+def test_a_recomputed_layer_ends_before_its_last_product() -> None:
+    model, adapter = with_adapter("llama3", torch.float64)
+    fused = fused_of(model, adapter, "layer")
+    for layer in fused.layers:
+        for site in layer.sites:
+            assert isinstance(site.weight, DenseWeight)
+            site.weight = CountedWeight(site.weight.weight)
+    gradients(fused, adapter, batch_for(model))
+    counts = [[site.weight.count for site in layer.sites] for layer in fused.layers]  # type: ignore[union-attr]
+    assert counts == [[2, 2, 2, 1]] * len(fused.layers)
 
 
 @pytest.mark.parametrize("recompute", ["mlp", "layer"])
