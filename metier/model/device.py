@@ -44,7 +44,7 @@ def _grow_segments() -> None:
     Segments of fixed size leave holes that blocks of other sizes cannot use: half a GiB of LLaMA-2-7B's 6 in NF4.
     """
     is_set = any(name in os.environ for name in ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"))
-    if sys.platform == "linux" and not is_set and not torch.cuda.is_initialized():
+    if sys.platform == "linux" and not is_set and not torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
         os.environ["PYTORCH_CUDA_ALLOC_CONF"] = "expandable_segments:True"
 
 
