@@ -194,14 +194,13 @@ def rank_gradient(
             whole[adapter] = rank_gradient(dy[start:end], low[start:end], ends)
         return whole
     starts = (0, *ends[:-1])
-    parts = [
-        _product32(dy[:, a:b].T, low[:, j * rank : (j + 1) * rank])
-        for j, (a, b) in enumerate(zip(starts, ends, strict=True))
-    ]
+    ranges = enumerate(zip(starts, ends, strict=True))
+    parts = [product32(dy[:, a:b].T, low[:, j * rank : (j + 1) * rank]) for j, (a, b) in ranges]
     return parts[0] if len(parts) == 1 else torch.cat(parts)
 
 
-def _product32(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+def product32(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+    """a b in fp32 (float64 stays)."""
     if a.is_cuda and a.dtype in (torch.bfloat16, torch.float16):
         return torch.mm(a, b, out_dtype=torch.float32)
     return (a @ b).to(torch.promote_types(a.dtype, torch.float32))

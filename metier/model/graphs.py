@@ -83,6 +83,7 @@ class GraphedPasses:
     max_seqlen: int = 128
     num_documents: int = 8
     pool: Any = None
+    stream: Any = None
     max_graphs: int = MAX_GRAPHS
 
     def accumulate(
@@ -154,6 +155,7 @@ class GraphedPasses:
     def _record(self, inputs: dict[str, torch.Tensor], bucket: Bucket) -> _Recorded | None:
         """The pass as a graph; None, and no graphs from then on, when memory for one is not there."""
         buffers = {name: value.clone() for name, value in inputs.items()}
+        buffers["weights"].zero_()  # the pass that is made before recording adds nothing to the gradients
         documents = Documents(buffers["cu_seqlens"], bucket.max_seqlen, None, None, bucket.equal)
         groups = None
         if "bounds" in buffers:
@@ -164,8 +166,9 @@ class GraphedPasses:
             torch.autograd.backward(losses, buffers["weights"].to(losses.dtype))
             return losses.detach()
 
-        buffers["weights"].zero_()  # the first pass adds nothing
-        stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
+        if self.stream is None:  # one for all, since libraries make a workspace for each stream
+            self.stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
+        stream = self.stream
         stream.wait_stream(torch.cuda.current_stream())
         graph = torch.cuda.CUDAGraph()
         try:
