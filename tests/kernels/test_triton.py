@@ -14,6 +14,7 @@ import torch
 
 from metier.kernels import reference
 from metier.kernels.reference import Groups, Heads, Rotation
+from tests.kernels.bounds import close, rows_close, size_of_gradient, size_of_low
 
 IS_INTERPRETED = bool(os.environ.get("TRITON_INTERPRET"))
 DEVICE = torch.device("cpu" if IS_INTERPRETED else "cuda")
@@ -45,28 +46,6 @@ def normal(*shape: int, dtype: torch.dtype, scale: float = 1.0) -> torch.Tensor:
     return (torch.randn(*shape, device=DEVICE) * scale).to(dtype)
 
 
-def close(got: torch.Tensor | None, want: torch.Tensor | None, dtype: torch.dtype) -> None:
-    assert (got is None) == (want is None)
-    if got is None or want is None:
-        return
-    assert got.shape == want.shape
-    bound = {torch.float32: 2e-5, torch.bfloat16: 1e-2, torch.float16: 2e-3, torch.float64: 1e-10}[dtype]
-    got, want = got.double(), want.double()
-    assert (got - want).norm() <= bound * want.norm() + 1e-9
-
-
-def rows_close(got: reference.Rows, want: reference.Rows, dtype: torch.dtype) -> None:
-    """Rows of the kernel against those in float64; e4m3 steps may fall either way at a tie."""
-    close(got.dense, want.dense, dtype)
-    close(got.low, want.low, dtype)
-    close(got.rstd, want.rstd, torch.float32)
-    if want.quantised is not None:
-        assert got.quantised is not None and got.scale is not None and want.scale is not None
-        close(got.scale, want.scale, dtype)
-        mine, theirs = got.quantised.float() * got.scale, want.quantised.float() * want.scale
-        assert (mine - theirs).norm() <= 0.02 * theirs.norm()
-
-
 def exact(*tensors: torch.Tensor | None) -> list[Any]:
     return [None if t is None else t.double() for t in tensors]
 
@@ -85,8 +64,10 @@ def test_rows_are_normalised_quantised_and_projected(
     down, segments = (a.T, (shape[1],)) if a is not None else (None, ())
     got = triton_rows.project_rows(x, factor=weight, down=down, segments=segments, eps=1e-5, quantise=quantise)
     x64, w64, d64 = exact(x, weight, down)
-    want = reference.project_rows(x64, factor=w64, down=d64, segments=segments, eps=1e-5, quantise=quantise)
-    rows_close(got, want, dtype)
+    options: dict[str, Any] = {"factor": w64, "down": d64, "segments": segments, "eps": 1e-5}
+    want = reference.project_rows(x64, quantise=quantise, **options)
+    z = reference.project_rows(x64, **options).dense
+    rows_close(got, want, dtype, size_of_low(z, d64, segments))
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -100,7 +81,8 @@ def test_gradients_are_projected_segment_by_segment(dtype: torch.dtype, rank: in
     options: dict[str, Any] = {"segments": (96, 128, 160) if rank else (), "quantise": quantise}
     got = triton_rows.project_rows(dy, factor=factor if quantise else None, down=up, **options)
     dy64, f64, up64 = exact(dy, factor, up)
-    rows_close(got, reference.project_rows(dy64, factor=f64 if quantise else None, down=up64, **options), dtype)
+    want = reference.project_rows(dy64, factor=f64 if quantise else None, down=up64, **options)
+    rows_close(got, want, dtype, size_of_low(dy64, up64, options["segments"]))
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -121,7 +103,9 @@ def test_norm_backward(dtype: torch.dtype, shape: tuple[int, int], rank: int) ->
     got = triton_rows.norm_backward(dz, x, **dict(zip(names, rest, strict=True)))
     want = reference.norm_backward(*exact(dz, x), **dict(zip(names, exact(*rest), strict=True)))
     close(got[0], want[0], dtype)
-    close(got[1], want[1], dtype)
+    # dA = ((low * rstd)^T x) * weight.
+    size = None if low is None else size_of_gradient((low * rstd[:, None]).double(), x.double(), (rank,))
+    close(got[1], want[1], dtype, None if size is None else size * weight.double().abs())
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -160,8 +144,9 @@ def test_rotation_forward_and_backward(dtype: torch.dtype, heads: Heads, rank: i
     for got, one in zip(triton_tiles.rotate(qkv.clone(), low, up, heads, rotation), want, strict=True):
         close(got, one, dtype)
     back = triton_tiles.rotate_backward(grads, qkv, low, up, heads, rotation, factor)
-    for mine, theirs in zip(back, want_back, strict=True):
-        close(mine, theirs, dtype)
+    sizes = (None, None, None if low is None else size_of_gradient(want_back[0], low.double(), heads.ends))
+    for mine, theirs, size in zip(back, want_back, sizes, strict=True):
+        close(mine, theirs, dtype, size)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -181,18 +166,24 @@ def test_swiglu_forward_and_backward(dtype: torch.dtype, shape: tuple[int, int],
     got = triton_swiglu.swiglu(gate_up, low, up, down=None if a is None else a.T, quantise=quantise)
     x64, low64, up64, a64 = exact(gate_up, low, up, a)
     want = reference.swiglu(x64, low64, up64, down=None if a is None else a64.T, quantise=quantise)
-    rows_close(got, want, dtype)
+    h = reference.swiglu(x64, low64, up64, down=None, quantise=False).dense
+    assert h is not None
+    rows_close(got, want, dtype, size_of_low(h, None if a is None else a64.T, (half,)))
     low_dh64, factor64, dh64 = exact(low_dh, factor, dh)
     options: dict[str, Any] = {"quantise": quantise}
     back = triton_swiglu.swiglu_backward(
         dh, gate_up, low, up, low_dh=low_dh, down=a, factor=factor if quantise else None, **options
     )
+    given = (dh64, x64, low64, up64)
     truth = reference.swiglu_backward(
-        dh64, x64, low64, up64, low_dh=low_dh64, down=a64, factor=factor64 if quantise else None, **options
+        *given, low_dh=low_dh64, down=a64, factor=factor64 if quantise else None, **options
     )
-    rows_close(back.rows, truth.rows, dtype)
-    close(back.up, truth.up, dtype)
-    close(back.down, truth.down, dtype)
+    both = reference.swiglu_backward(*given, low_dh=low_dh64, down=a64, factor=None, quantise=False).rows.dense
+    assert both is not None
+    ends = (half, 2 * half)
+    rows_close(back.rows, truth.rows, dtype, size_of_low(both, up64, ends))
+    close(back.up, truth.up, dtype, size_of_gradient(both, low64, ends))
+    close(back.down, truth.down, dtype, None if low_dh64 is None else size_of_gradient(low_dh64, h, (rank,)))
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
