@@ -476,6 +476,12 @@ BAD_TRAINING: dict[str, tuple[list[str], list[str]]] = {
         ["no linear layer `q_prj` (did you mean `q_proj`?)", "all-linear"],
     ),
     "fp16 on a cpu": (["train.precision=fp16"], ["`precision: fp16` needs a GPU", "hint: "]),
+    "fp8 on a cpu": (
+        ["train.precision=fp8", "train.device=cpu"],
+        ["`precision: fp8` needs a CUDA GPU", "hint: `precision: auto`"],
+    ),
+    "nf4 on a cpu": (["train.precision=nf4", "train.device=cpu"], ["`precision: nf4` needs a CUDA GPU", "hint: "]),
+    "what cannot fit": (["base=./vast"], ["does not fit into ", "of it for the frozen base", "hint: what would fit"]),
     "no gpu": (["train.device=cuda"], ["`device: cuda` was asked for", "hint: `device: auto`"]),
     "too short for every record": (["train.max_seq_len=8"], ["none of ", "above train.max_seq_len 8", "hint: raise"]),
     "missing base": (["base=./models/llama"], ["there is no base model at", "models/llama`"]),
@@ -500,6 +506,10 @@ def bad_bases(here: Path, tiny_base: Path) -> None:
     """Folders that are no base models."""
     for name in ("empty", "config", "pickle", "damaged"):
         (here / name).mkdir()
+    shutil.copytree(tiny_base, here / "vast")  # its weights are never looked at
+    config = json.loads((tiny_base / "config.json").read_text())
+    sizes = {"hidden_size": 65536, "intermediate_size": 262144, "num_hidden_layers": 12}
+    (here / "vast" / "config.json").write_text(json.dumps(config | sizes))
     for name in ("config", "pickle", "damaged"):
         shutil.copy(tiny_base / "config.json", here / name)
     (here / "pickle" / "pytorch_model.bin").write_bytes(b"\x80\x04.")
