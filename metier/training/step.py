@@ -101,10 +101,11 @@ def train_step(
     ranks.sum_gradients(parameters)
     # Of several ranks the loss is known already; of one it may still be on its way.
     loss = total if ranks.size() == 1 else torch.tensor(loss_of_all, dtype=torch.float64)
-    loss_value, grad_norm, is_finite = update(
+    loss_value, grad_norm = update(
         optimizer, loss, learning_rate=learning_rate, max_grad_norm=max_grad_norm, scaler=scaler
-    )
-    return StepResult(loss_value / loss_weight, grad_norm, int(num_tokens), int(num_loss_tokens), not is_finite)
+    ).tolist()
+    is_skipped = not (math.isfinite(loss_value) and math.isfinite(grad_norm))
+    return StepResult(loss_value / loss_weight, grad_norm, int(num_tokens), int(num_loss_tokens), is_skipped)
 
 
 def passes(
@@ -127,35 +128,34 @@ def update(
     learning_rate: float,
     max_grad_norm: float,
     scaler: torch.amp.GradScaler,
-) -> tuple[float, float, bool]:
+) -> torch.Tensor:
     """Clips the gradients that are there, and steps unless they or `loss`, a scalar, are not finite.
 
-    Returns the loss, the norm before clipping, and whether both were finite.
+    Returns [2]: the loss and the norm before clipping, which a GPU may still be working on.
     """
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     for group in optimizer.param_groups:
         group["lr"] = learning_rate
     if loss.is_cuda and not scaler.is_enabled():
-        loss_value, grad_norm = _update_unseen(optimizer, parameters, max_grad_norm, loss)
-        is_finite = math.isfinite(grad_norm) and math.isfinite(loss_value)
+        numbers = _update_unseen(optimizer, parameters, max_grad_norm, loss)
     else:
         loss_value = float(loss)
         scaler.unscale_(optimizer)
         grad_norm = float(_with_room(optimizer, lambda: torch.nn.utils.clip_grad_norm_(parameters, max_grad_norm)))
-        is_finite = math.isfinite(grad_norm) and math.isfinite(loss_value)
-        if is_finite:
+        if math.isfinite(grad_norm) and math.isfinite(loss_value):
             _with_room(optimizer, lambda: scaler.step(optimizer))
         scaler.update()
+        numbers = torch.tensor([loss_value, grad_norm], dtype=torch.float64)
     optimizer.zero_grad(set_to_none=True)
-    return loss_value, grad_norm, is_finite
+    return numbers
 
 
 def _update_unseen(
     optimizer: Any, parameters: list[torch.Tensor], max_grad_norm: float, loss: torch.Tensor
-) -> tuple[float, float]:
+) -> torch.Tensor:
     """Clips and updates without waiting for the numbers: the GPU itself leaves a step with NaN or inf out.
 
-    That is what fused optimizers do for torch's loss scaler, which sets the same attribute. Returns loss and norm.
+    That is what fused optimizers do for torch's loss scaler, which sets the same attribute. Returns loss and norm, [2].
     """
     norm = _with_room(optimizer, lambda: torch.nn.utils.clip_grad_norm_(parameters, max_grad_norm))
     numbers = torch.stack([loss.to(norm.dtype), norm])
@@ -164,8 +164,7 @@ def _update_unseen(
         _with_room(optimizer, optimizer.step)
     finally:
         del optimizer.grad_scale, optimizer.found_inf
-    loss_value, norm_value = numbers.tolist()
-    return loss_value, norm_value
+    return numbers
 
 
 def _with_room(optimizer: torch.optim.Optimizer, act: Callable[[], T]) -> T:

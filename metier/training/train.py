@@ -216,6 +216,9 @@ def facts(trainer: Trainer) -> dict[str, Any]:
 def _tell_left_out(labels: dict[str, LabelReport], say: Callable[[str], None]) -> None:
     for split, report in labels.items():
         if report.cut_prompts:
-            say(f"{split}: the prompts of {len(report.cut_prompts)} records were cut to fit train.max_seq_len")
+            say(
+                f"{split}: the prompts of {len(report.cut_prompts)} records were cut by "
+                f"{sum(report.cut_prompts.values())} tokens to fit train.max_seq_len; adapter/manifest.json lists them"
+            )
         if report.left_out:
             say(f"{split}: {len(report.left_out)} records were left out; adapter/manifest.json says which and why")
