@@ -52,6 +52,11 @@ class Record:
     method: str | None = None
     number: int = 0
 
+    def __reduce__(self) -> tuple[type[Record], tuple[Any, ...]]:
+        """For another process, as in `Row`."""
+        own = (self.source, self.row, self.messages, self.group_id, self.prompt, self.parent, self.method, self.number)
+        return Record, own
+
     @property
     def group(self) -> str:
         return self.prompt if self.group_id is None else self.group_id

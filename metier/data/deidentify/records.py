@@ -90,7 +90,8 @@ class Privacy:
                 self.found[record.source.name, record.row.number] = hashes
             new.append(self._record(record, texts))
         looked_at = self._suspected(new, workers)
-        report = self._report(looked_at, counts, touched)
+        planted = next(workers.map(planted_recall, [[_text(record) for record, _ in looked_at]], self.seed))
+        report = self._report(looked_at, counts, touched) | {"planted": planted} | self._k_anonymity()
         progress(
             f"{sum(counts.values()):,} identifiers in {touched:,} of {len(new):,} records were replaced; "
             f"a second look suspects {sum(report['suspected'].values()):,} more in {report['looked_at']:,} records"
@@ -158,8 +159,7 @@ class Privacy:
             "classes": list(self.policy.classes),
             "looked_at": len(looked_at),
             "suspected": dict(sorted(suspected.items())),
-            "planted": planted_recall([_text(record) for record, _ in looked_at], self.seed),
-        } | self._k_anonymity()
+        }
 
     def _k_anonymity(self) -> dict[str, Any]:
         if not self.config.quasi_identifiers:
