@@ -17,13 +17,14 @@ import torch
 from torch.utils.checkpoint import checkpoint
 
 from metier.kernels.attention import Documents, takes_flash
-from metier.kernels.frozen import DenseWeight, Fp8Weight, stack
+from metier.kernels.frozen import DenseWeight, Fp8Weight, joined, stack
 from metier.kernels.loss import Head, head_losses
 from metier.kernels.reference import MAX_GROUPED_RANK, Groups, Heads, Rotation
 from metier.model.graphs import GraphedPasses
 from metier.model.layers import Layer, Part, Site, run_layer
 from metier.model.lora import Adapter, LoRALinear, scaling_of
 from metier.model.quantise import FrozenLinear
+from metier.model.shards import shards_of
 
 Recompute = Literal["none", "mlp", "layer"]
 ARCHITECTURES = ("llama", "mistral", "qwen2", "qwen3")
@@ -58,6 +59,7 @@ class FusedModel:
         self.recompute = recompute
         self.head = model.get_output_embeddings().weight
         self.decoder = model.get_decoder()
+        self.shards = shards_of(model)
         heads = layers[0].heads
         self.is_flash = takes_flash(self.head.dtype, self.head.device, heads.size)
         self.layer_size = sum(site.weight.shape[0] * site.weight.shape[1] for site in layers[0].sites)
@@ -76,7 +78,7 @@ class FusedModel:
         rank = max((part.rank for site in sites for part in site.parts), default=0)
         self.is_grouped = len(adapters) > 1 and self.head.is_cuda and rank <= MAX_GROUPED_RANK
         own = [p for site in sites for p in site.parameters] if len(adapters) == 1 else []
-        can_record = self.is_flash and is_static and (len(adapters) == 1 or self.is_grouped)
+        can_record = self.is_flash and is_static and not self.shards and (len(adapters) == 1 or self.is_grouped)
         self.graphs = GraphedPasses(self, own) if can_record else None
 
     @contextlib.contextmanager
@@ -182,13 +184,17 @@ class FusedModel:
         cos, sin = self.decoder.rotary_emb(wide, position_ids)
         half = cos.shape[-1] // 2
         rotation = Rotation(cos[0, :, :half].contiguous(), sin[0, :, :half].contiguous())
-        for layer in self.layers:
+        for number, layer in enumerate(self.layers):
+            if self.shards:
+                self.shards.need(number)
             if self.recompute == "layer" and torch.is_grad_enabled():
                 x = checkpoint(
                     self._layer, x, layer, rotation, documents, groups, use_reentrant=False, preserve_rng_state=False
                 )
             else:
                 x = self._layer(x, layer, rotation, documents, groups)
+            if self.shards:
+                x = self.shards.until_backward(number, x)
         return x  # type: ignore[no-any-return]
 
     def _layer(
@@ -222,10 +228,16 @@ def fuse(model: Any, *adapters: Adapter, recompute: Recompute = "none", fp8_copi
     if not all(_is_even(module) for module in model.get_decoder().layers):
         return None
     names = {id(module): name for name, module in model.named_modules()}
-    layers = [_layer_of(module, model.config.get_text_config(), names) for module in model.get_decoder().layers]
+    shards = shards_of(model)
+    layers = []
+    with shards.one_pass(backward=False) if shards else contextlib.nullcontext():
+        for number, module in enumerate(model.get_decoder().layers):
+            if shards:
+                shards.need(number)
+            layers.append(_layer_of(module, model.config.get_text_config(), names))
     for layer in layers:
         for site in layer.sites:
-            if isinstance(site.weight, Fp8Weight) and fp8_copies == 2:
+            if isinstance(site.weight, Fp8Weight) and fp8_copies == 2 and not shards:
                 site.weight.keep_transposed()
     return FusedModel(model, layers, recompute, adapters)
 
@@ -252,7 +264,7 @@ def _layer_of(module: Any, config: Any, names: dict[int, str]) -> Layer:
     return Layer(
         module.input_layernorm.weight, module.post_attention_layernorm.weight,
         module.input_layernorm.variance_epsilon, heads,
-        None if biases[0] is None else torch.cat([b.detach() for b in biases]),
+        None if biases[0] is None else joined([b.detach() for b in biases]),
         None if q_norm is None else q_norm.weight, None if k_norm is None else k_norm.weight,
         _site(projections, names), _site([attention.o_proj], names),
         _site([mlp.gate_proj, mlp.up_proj], names), _site([mlp.down_proj], names),
