@@ -126,7 +126,7 @@ def _make(
     privacy = open_privacy(recipe.privacy, domain_policy=_domain_policy(recipe), seed=seed)
     accounts = Accounts([*files.sources, *files.general], forgotten=forgotten)
     roles, cleaned = read_records(accounts, files, recipe, privacy=privacy, workers=workers, progress=progress)
-    accounts.records, details["privacy"], review = privacy.rewrite_records(accounts.records, workers, progress)
+    details["privacy"], review = privacy.rewrite_records(accounts.records, workers, progress)
     accounts.refuse_too_few()
     task = _task(recipe.data, [record for record in accounts.records if record.method is None])
     if task == "classification":

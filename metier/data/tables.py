@@ -15,6 +15,7 @@ from metier.data.records import Message, Record, Rejection, language_of, same_in
 
 Identity = tuple[str, int, list[Message], str | None, int]  # file, row, messages, method, number
 
+AT_ONCE = 100_000
 RECORDS_SCHEMA: dict[str, Any] = {
     "record_id": polars.String,
     "split": polars.String,
@@ -75,22 +76,28 @@ def records_table(
     """The rows of records.parquet; `splits` holds each record's split, `weights` a label's weight in training."""
     found = [one for some in workers.map(identity_part, _identities(records)) for one in some]
     ids = {id(record): record_id for record, (record_id, _) in zip(records, found, strict=True)}
-    table = polars.DataFrame(
-        {
-            "record_id": list(ids.values()),
-            "split": splits,
-            "group_id": [record.group_id for record in records],
-            "messages": _messages(records),
-            "label": [r.answer if task == "classification" and r.method != "general" else None for r in records],
-            "language": [language for _, language in found],
-            "source_file": [record.source.name for record in records],
-            "source_row": [record.row.number for record in records],
-            "parent_id": [(ids.get(id(r.parent)) or record_id(r.parent)) if r.parent else None for r in records],
-            "method": [record.method for record in records],
-            "weight": None,
-        },
-        schema=RECORDS_SCHEMA,
-    )
+    # Some at a time: the lists that a table is made of take more memory than the table.
+    made = [
+        polars.DataFrame(
+            {
+                "record_id": [record_id for record_id, _ in found[rows]],
+                "split": splits[rows],
+                "group_id": [record.group_id for record in some],
+                "messages": _messages(some),
+                "label": [r.answer if task == "classification" and r.method != "general" else None for r in some],
+                "language": [language for _, language in found[rows]],
+                "source_file": [record.source.name for record in some],
+                "source_row": [record.row.number for record in some],
+                "parent_id": [(ids.get(id(r.parent)) or record_id(r.parent)) if r.parent else None for r in some],
+                "method": [record.method for record in some],
+                "weight": None,
+            },
+            schema=RECORDS_SCHEMA,
+        )
+        for rows in (slice(start, start + AT_ONCE) for start in range(0, len(records), AT_ONCE))
+        for some in [records[rows]]
+    ]
+    table = polars.concat(made, rechunk=False)
     if not weights:
         return table
     of_label = polars.col("label").replace_strict(weights, default=None, return_dtype=polars.Float64)
