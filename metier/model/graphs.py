@@ -32,6 +32,9 @@ class Pass(Protocol):
     layer_size: int
     num_adapters: int
 
+    @property
+    def drops_out(self) -> bool: ...
+
     def losses_of(
         self, inputs: dict[str, torch.Tensor], documents: Documents, groups: Groups | None
     ) -> torch.Tensor: ...  # fmt: skip
@@ -80,6 +83,7 @@ class GraphedPasses:
     max_seqlen: int = 128
     num_documents: int = 8
     pool: Any = None
+    stream: Any = None
     max_graphs: int = MAX_GRAPHS
 
     def accumulate(
@@ -96,11 +100,13 @@ class GraphedPasses:
             groups = Groups(spans, self.run.num_adapters).on(weights.device)
             # A power of two: shares beyond an adapter's rows cost next to nothing.
             bucket = replace(bucket, longest=1 << (groups.longest - 1).bit_length(), grain=groups.grain)
-        key = (self.run.recompute, *bucket.key)
+        key = (self.run.recompute, self.run.drops_out, *bucket.key)
         if key not in self.recorded and len(self.recorded) >= self.max_graphs:
             return None
         inputs = padded_inputs(batch, bucket)
         inputs["weights"] = functional.pad(weights, (0, bucket.num_positions - weights.shape[0]))
+        if self.run.drops_out:
+            inputs["row_keys"] = functional.pad(batch.row_keys, (0, bucket.num_tokens - batch.row_keys.shape[0]))
         if groups is not None and groups.bounds is not None:
             inputs["bounds"] = groups.bounds
         self._attach_grads()
@@ -149,6 +155,7 @@ class GraphedPasses:
     def _record(self, inputs: dict[str, torch.Tensor], bucket: Bucket) -> _Recorded | None:
         """The pass as a graph; None, and no graphs from then on, when memory for one is not there."""
         buffers = {name: value.clone() for name, value in inputs.items()}
+        buffers["weights"].zero_()  # the pass that is made before recording adds nothing to the gradients
         documents = Documents(buffers["cu_seqlens"], bucket.max_seqlen, None, None, bucket.equal)
         groups = None
         if "bounds" in buffers:
@@ -159,8 +166,9 @@ class GraphedPasses:
             torch.autograd.backward(losses, buffers["weights"].to(losses.dtype))
             return losses.detach()
 
-        buffers["weights"].zero_()  # the first pass adds nothing
-        stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
+        if self.stream is None:  # one for all, since libraries make a workspace for each stream
+            self.stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
+        stream = self.stream
         stream.wait_stream(torch.cuda.current_stream())
         graph = torch.cuda.CUDAGraph()
         try:
