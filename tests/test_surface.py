@@ -19,7 +19,7 @@ RECIPE_KEYS = """
     base revision out preset seed domain
     scale.workers scale.ray
     data.sources data.test_sources data.encoding data.header_line data.sheets data.passage_chars
-    data.prompt data.answer data.system data.messages data.text data.group_id data.task
+    data.prompt data.answer data.system data.history data.messages data.text data.group_id data.task
     data.val data.test data.canaries
     privacy.policy privacy.operators privacy.columns privacy.recognizers privacy.quasi_identifiers privacy.review
     clean.control clean.whitespace clean.width clean.html clean.script clean.mojibake clean.boilerplate

@@ -237,6 +237,7 @@ def _describe_all(
     return {
         "counts": total | {"synthetic": int(table["parent_id"].is_not_null().sum())},
         "rejected_by_reason": accounts.by_reason(),
+        "rejected_examples": accounts.rejected_examples(),
         "merged_by_kind": dict(sorted(Counter(item.how for item in accounts.merged).items())),
         "near_duplicate_pairs": len(accounts.pairs),
         "synthetic_by_method": dict(methods.iter_rows()),

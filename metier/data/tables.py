@@ -9,7 +9,7 @@ import polars
 
 from metier.artifacts import digest_json
 from metier.data.dedup import Merged, Pair
-from metier.data.records import Record, Rejection, language_of
+from metier.data.records import Record, Rejection, language_of, same_input
 
 RECORDS_SCHEMA: dict[str, Any] = {
     "record_id": polars.String,
@@ -134,14 +134,36 @@ def merged_table(merged: list[Merged]) -> polars.DataFrame:
 
 
 def conflicts_table(records: list[Record], pairs: list[Pair], task: str) -> polars.DataFrame:
-    """The rows of conflicts.parquet: near-duplicates with different labels, the most similar first."""
-    found = [(a, b, s) for a, b, s in pairs if task == "classification" and records[a].answer != records[b].answer]
-    found.sort(key=lambda pair: (-pair[2], pair[0], pair[1]))
+    """The rows of conflicts.parquet: equal inputs and near-duplicates with different labels, the most similar first."""
+    if task != "classification":
+        return polars.DataFrame(schema=CONFLICTS_SCHEMA)
+    near = {(a, b): s for a, b, s in pairs if records[a].answer != records[b].answer}
+    found = sorted(
+        ((a, b, s) for (a, b), s in (near | dict.fromkeys(_contradictions(records), 1.0)).items()),
+        key=lambda pair: (-pair[2], pair[0], pair[1]),
+    )
     return polars.DataFrame(
         [(record_id(records[a]), records[a].answer, record_id(records[b]), records[b].answer, s) for a, b, s in found],
         schema=CONFLICTS_SCHEMA,
         orient="row",
     )
+
+
+def _contradictions(records: list[Record]) -> set[tuple[int, int]]:
+    """Each record whose like has another label, with the first of those."""
+    groups: dict[tuple[str, ...], list[int]] = {}
+    for position, record in enumerate(records):
+        if record.method is None:
+            groups.setdefault(same_input(record), []).append(position)
+    found = set()
+    for group in groups.values():
+        firsts: dict[str, int] = {}
+        for position in group:
+            firsts.setdefault(records[position].answer, position)
+        for position in group if len(firsts) > 1 else ():
+            other = next(first for label, first in firsts.items() if label != records[position].answer)
+            found.add((min(position, other), max(position, other)))
+    return found
 
 
 def subjects_table(found: dict[str, list[str]]) -> polars.DataFrame:

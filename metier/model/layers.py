@@ -16,7 +16,7 @@ from torch import nn
 from metier.kernels import ops
 from metier.kernels.attention import Documents, attend
 from metier.kernels.frozen import FrozenWeight
-from metier.kernels.reference import Groups, Heads, Rotation, Rows, rank_gradient
+from metier.kernels.reference import Groups, Heads, Rotation, Rows
 
 Gradients = list[torch.Tensor | None]
 
@@ -36,7 +36,8 @@ class Site:
 
     `ends` are the layers' ends in the output, `names` the layers' in the model. Of one adapter, down [n R, I] holds the
     layers' A, up [O, R] their B times the scaling, both in the model's dtype; None where none of the layers has an
-    adapter. Of several they are stacked, [J, n R, I] and [J, O, R], with R the largest rank and zeros beyond a smaller.
+    adapter. Of several they are stacked, [J, n R, I] and [J, O, R], with R the largest rank and zeros beyond a smaller,
+    and `totals` are the sums of their gradients. `inputs` are the parameters that a pass hangs on.
     """
 
     weight: FrozenWeight
@@ -45,6 +46,9 @@ class Site:
     parts: list[Part] = field(default_factory=list)
     down: torch.Tensor | None = None
     up: torch.Tensor | None = None
+    inputs: list[nn.Parameter] = field(default_factory=list)
+    totals: tuple[torch.Tensor, ...] | None = None
+    scalings: torch.Tensor | None = None
 
     @property
     def rank(self) -> int:
@@ -60,20 +64,34 @@ class Site:
 
     def images(self, dtype: torch.dtype, device: torch.device) -> list[tuple[torch.Tensor, nn.Parameter, float]]:
         """Makes `down` and `up`; where each master is copied to, and by what it is multiplied."""
-        self.down = self.up = None
-        if not self.parameters:
+        self.down = self.up = self.totals = self.scalings = None
+        parameters, count = self.parameters, len(self.parts)
+        self.inputs = parameters if count == 1 else parameters[:1]
+        if not parameters:
             return []
-        count, rank = len(self.parts), self.rank
-        down = torch.zeros(count, len(self.ends) * rank, self.weight.shape[1], dtype=dtype, device=device)
-        up = torch.zeros(count, self.weight.shape[0], rank, dtype=dtype, device=device)
+        shapes = (count, len(self.ends) * self.rank, self.weight.shape[1]), (count, self.weight.shape[0], self.rank)
+        down, up = (torch.zeros(shape, dtype=dtype, device=device) for shape in shapes)
         found = []
         for number, part in enumerate(self.parts):
-            for j, pair in enumerate(part.masters):
-                if pair is not None:
-                    start = self.ends[j - 1] if j else 0
-                    found.append((down[number, j * rank : j * rank + part.rank], pair[0], 1.0))
-                    found.append((up[number, start : self.ends[j], : part.rank], pair[1], part.scaling))
+            places = self._places(part, down[number], up[number])
+            scales = (1.0, part.scaling) * (len(places) // 2)
+            found += [(place, parameter, scale) for (parameter, place), scale in zip(places, scales, strict=True)]
         self.down, self.up = (down, up) if count > 1 else (down[0], up[0])
+        if count > 1:
+            wide = torch.promote_types(dtype, torch.float32)
+            self.totals = tuple(torch.zeros(shape, dtype=wide, device=device) for shape in shapes)
+            scalings = [part.scaling for part in self.parts]
+            self.scalings = torch.tensor(scalings, dtype=wide, device=device)[:, None, None]
+        return found
+
+    def _places(self, part: Part, down: torch.Tensor, up: torch.Tensor) -> list[tuple[nn.Parameter, torch.Tensor]]:
+        """The A and B of each layer that an adapter has, with their places in its `down` and `up`."""
+        found, start = [], 0
+        for j, (end, pair) in enumerate(zip(self.ends, part.masters, strict=True)):
+            if pair is not None:
+                found.append((pair[0], down[j * self.rank : j * self.rank + part.rank]))
+                found.append((pair[1], up[start:end, : part.rank]))
+            start = end
         return found
 
     @property
@@ -90,51 +108,38 @@ class Site:
             quantise=self.weight.eats_fp8, largest=largest, **_of(groups),
         )  # fmt: skip
 
-    def up_gradients(self, whole: torch.Tensor | None, groups: Groups | None) -> Gradients:
-        """The gradient of each layer's B from that of `up`, fp32 and of its shape, which is overwritten."""
-        grads: Gradients = []
-        starts = (0, *self.ends)
-        for part, own in self._by_adapter(whole, groups):
-            owned = [j for j, pair in enumerate(part.masters) if pair is not None]
-            if own is None:
-                grads += [None] * len(owned)
-            else:
-                own.mul_(part.scaling)
-                grads += [own[starts[j] : self.ends[j], : part.rank] for j in owned]
-        return grads
+    def gradients(self, down: torch.Tensor | None, up: torch.Tensor | None, groups: Groups | None) -> Gradients:
+        """What backward returns for `inputs`, from the gradients of `down` and `up`, fp32 and of their shapes.
 
-    def down_gradients(self, whole: torch.Tensor | None, groups: Groups | None) -> Gradients:
-        """The gradient of each layer's A from that of `down`, fp32 and of its shape."""
-        grads: Gradients = []
-        for part, own in self._by_adapter(whole, groups):
-            owned = [j for j, pair in enumerate(part.masters) if pair is not None]
-            if own is None:
-                grads += [None] * len(owned)
-            else:
-                layers = own.view(len(self.ends), self.rank, -1)
-                grads += [layers[j, : part.rank] for j in owned]
-        return grads
-
-    def _by_adapter(self, whole: torch.Tensor | None, groups: Groups | None) -> list[tuple[Part, torch.Tensor | None]]:
-        """Each adapter and its part of a gradient; None for one that has no rows in the pass."""
-        if whole is None:
+        Those of several adapters are added to `totals`, all at once.
+        """
+        if not self.inputs:
             return []
-        if groups is None:
-            return [(part, whole) for part in self.parts]
-        return [(part, whole[number] if groups.rows_of(number) else None) for number, part in enumerate(self.parts)]
+        assert down is not None and up is not None
+        if groups is not None:
+            assert self.totals is not None and self.scalings is not None
+            self.totals[0].add_(down)
+            self.totals[1].addcmul_(up, self.scalings)
+            return [None]
+        up.mul_(self.parts[0].scaling)
+        return [grad for _, grad in self._places(self.parts[0], down, up)]
+
+    def settle(self) -> None:
+        """Hands `totals` to the parameters of several adapters as their `.grad`."""
+        if self.totals is None:
+            return
+        for part, down, up in zip(self.parts, *self.totals, strict=True):
+            for parameter, grad in self._places(part, down, up):
+                parameter.grad = grad.to(parameter.dtype).contiguous()
 
     def rank_gradient(self, dy: torch.Tensor, low: torch.Tensor | None, groups: Groups | None) -> torch.Tensor | None:
         """The gradient of `up` from dy [M, O] and low = x A^T [M, n R]."""
-        return None if low is None else rank_gradient(dy, low, self.ends, groups)
+        return None if low is None else ops.rank_gradient(dy, low, self.ends, groups)
 
 
 def _of(groups: Groups | None) -> dict[str, Groups]:
     """What an op is told of a pass of several adapters; of one adapter it is told nothing."""
     return {} if groups is None else {"groups": groups}
-
-
-def _interleave(downs: Gradients, ups: Gradients) -> Gradients:
-    return [grad for pair in zip(downs, ups, strict=True) for grad in pair]
 
 
 @dataclass
@@ -196,9 +201,8 @@ class _Queries(torch.autograd.Function):
             )  # fmt: skip
         elif rows.low is not None:
             scaled = (rows.low * rstd[:, None]).to(x.dtype)
-            down_grad = rank_gradient(scaled, x, (scaled.shape[1],), groups) * layer.input_norm
-        found = _interleave(site.down_gradients(down_grad, groups), site.up_gradients(up_grad, groups))
-        return dx, None, None, None, *found
+            down_grad = ops.rank_gradient(scaled, x, (scaled.shape[1],), groups) * layer.input_norm
+        return dx, None, None, None, *site.gradients(down_grad, up_grad, groups)
 
 
 class _Output(torch.autograd.Function):
@@ -221,24 +225,13 @@ class _Output(torch.autograd.Function):
     def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         attention, low = ctx.saved_tensors
         site, dy, groups = ctx.layer.o, grads[0], ctx.groups
-        ups = site.up_gradients(site.rank_gradient(dy, low, groups), groups)
+        up_grad, down_grad = site.rank_gradient(dy, low, groups), None
         rows = site.gradient_rows(dy, groups)
         d_attention = site.weight.matmul_t(rows)
-        downs: Gradients = []
         if rows.low is not None:
-            _add_low(d_attention, rows.low, site, groups)
-            downs = site.down_gradients(rank_gradient(rows.low, attention, (site.rank,), groups), groups)
-        return dy, d_attention, None, None, *_interleave(downs, ups)
-
-
-def _add_low(target: torch.Tensor, low: torch.Tensor, site: Site, groups: Groups | None) -> None:
-    """Adds low down to target [M, I], in place; with `groups` each row's with its own adapter's `down`."""
-    assert site.down is not None
-    if groups is None:
-        target.addmm_(low, site.down)
-        return
-    for adapter, start, end in groups.spans:
-        target[start:end].addmm_(low[start:end], site.down[adapter])
+            ops.add_low_rank_(d_attention, rows.low, site.down, groups)
+            down_grad = ops.rank_gradient(rows.low, attention, (site.rank,), groups)
+        return dy, d_attention, None, None, *site.gradients(down_grad, up_grad, groups)
 
 
 class _Mlp(torch.autograd.Function):
@@ -265,7 +258,7 @@ class _Mlp(torch.autograd.Function):
         site, next_site = layer.gate_up, layer.down
         if both is None:
             both = site.weight.matmul(_norm(x, layer.output_norm, layer.eps, site, groups))
-        next_ups = next_site.up_gradients(next_site.rank_gradient(dy, low_h, groups), groups)
+        next_up = next_site.rank_gradient(dy, low_h, groups)
         next_rows = next_site.gradient_rows(dy, groups)
         result = ops.swiglu_backward(
             next_site.weight.matmul_t(next_rows), both, low, site.up, low_dh=next_rows.low, down=next_site.down,
@@ -275,9 +268,8 @@ class _Mlp(torch.autograd.Function):
             site.weight.matmul_t(result.rows), x, rstd=rstd, weight=layer.output_norm, low=result.rows.low,
             down=site.down, projected=low, residual=dy, **_of(groups),
         )  # fmt: skip
-        here = _interleave(site.down_gradients(down_grad, groups), site.up_gradients(result.up, groups))
-        below = _interleave(next_site.down_gradients(result.down, groups), next_ups)
-        return dx, None, None, None, *here, *below
+        here = site.gradients(down_grad, result.up, groups)
+        return dx, None, None, None, *here, *next_site.gradients(result.down, next_up, groups)
 
 
 def run_layer(
@@ -285,8 +277,8 @@ def run_layer(
     groups: Groups | None = None,
 ) -> torch.Tensor:  # fmt: skip
     """A decoder layer: x [M, I] -> [M, I]. Unless it `keeps` gate and up, backward computes them again."""
-    q, k, v, x = _Queries.apply(x, layer, rotation, groups, *layer.qkv.parameters)  # type: ignore[no-untyped-call]
+    q, k, v, x = _Queries.apply(x, layer, rotation, groups, *layer.qkv.inputs)  # type: ignore[no-untyped-call]
     attention = attend(q, k, v, documents).flatten(1)
-    x = _Output.apply(x, attention, layer, groups, *layer.o.parameters)  # type: ignore[no-untyped-call]
-    parameters = (*layer.gate_up.parameters, *layer.down.parameters)
+    x = _Output.apply(x, attention, layer, groups, *layer.o.inputs)  # type: ignore[no-untyped-call]
+    parameters = (*layer.gate_up.inputs, *layer.down.inputs)
     return _Mlp.apply(x, layer, keeps, groups, *parameters)  # type: ignore[no-any-return, no-untyped-call]

@@ -11,12 +11,13 @@ import re
 from collections.abc import Iterator
 from functools import cache
 
-from metier.data.deidentify.english import CAPITAL, LETTER
+from metier.data.deidentify.english import CAPITAL, HAS_CAPITAL, LETTER
 from metier.data.deidentify.lexicon import cues, words
 from metier.data.deidentify.spans import Span
 
 _L = LETTER
 _CAP = rf"[{CAPITAL}][{_L}'.-]*"
+_DIGIT = re.compile(r"\d")
 _NUMBER = r"(?:No\.? ?|#)?\d{1,6}(?:[A-Za-z]\b|[-/]\d{1,4}[A-Za-z]?)?"
 _UNIT = (
     r"(?:[, ]+\n?(?i:Apt|Apartment|Suite|Ste|Unit|Flat|Floor|Fl|Room|Rm|Bldg|Building|Dept|Box|"
@@ -88,8 +89,9 @@ def _town_zip() -> re.Pattern[str]:
 
 
 def find_addresses(text: str) -> Iterator[Span]:
-    """Spans of folded `text`."""
-    for match in _streets().finditer(text):
+    """Spans of folded `text`: there is none without a digit or a capital."""
+    has_digit, has_capital = _DIGIT.search(text) is not None, HAS_CAPITAL.search(text) is not None
+    for match in _streets().finditer(text) if has_digit or has_capital else ():
         end, has_number = match.end(), any(char.isdigit() for char in match.group()) or match.group().startswith("US")
         for _ in range(6):
             tail = _TAIL.match(text, end)
@@ -97,13 +99,13 @@ def find_addresses(text: str) -> Iterator[Span]:
                 break
             end = tail.end()
         yield Span(match.start(), end, "ADDRESS", 0.88 if has_number else 0.6)
-    for match in _after_cue().finditer(text):
+    for match in _after_cue().finditer(text) if has_digit else ():
         value = match["v"]
         stop = _CUE_END.search(value)
         length = len((value[: stop.start()] if stop else value).rstrip(" ,.\n"))
         if length >= 5 and re.search(r"\d", value[:length]):
             yield Span(match.start("v"), match.start("v") + length, "ADDRESS", 0.7)
-    for match in _town_zip().finditer(text):
+    for match in _town_zip().finditer(text) if has_capital else ():
         if match["z"]:
             yield Span(match.start(), match.start("z") - 1, "LOCATION", 0.8)
             yield Span(match.start("z"), match.end("z"), "ZIP_CODE", 0.85)

@@ -16,6 +16,7 @@ from metier.data.deidentify.spans import Span
 
 LETTER = "A-Za-z\u00c0-\u02af\u0300-\u036f\u1e00-\u1eff"  # with combining accents
 CAPITAL = "A-Z" + "".join(chr(c) for c in (*range(0xC0, 0x250), *range(0x1E00, 0x1F00)) if chr(c).isupper())
+HAS_CAPITAL = re.compile(f"[{CAPITAL}]")
 WORD = re.compile(rf"(?<![0-9{LETTER}])[{LETTER}]+(?:['-][{LETTER}]+)*(?![0-9{LETTER}])")
 _ORG_MORE = re.compile(r"(?:\.?,? ?(?:& )?(?:Co|KGaA|KG|OHG|OG|GesbR|mbH|Inc|Ltd|LLC|LLP|S\.?A|AG)\b\.?)+")
 _ORG_CUES = re.compile(

@@ -9,7 +9,7 @@ import re
 from collections.abc import Iterator
 from functools import cache
 
-from metier.data.deidentify.english import LETTER, kind_of
+from metier.data.deidentify.english import HAS_CAPITAL, LETTER, kind_of
 from metier.data.deidentify.lexicon import alternatives, cues, words
 from metier.data.deidentify.spans import Span
 
@@ -36,9 +36,11 @@ _HONORIFIC = re.compile(
 
 def find_english_places(text: str) -> list[Span]:
     """Spans of folded `text`."""
-    spans = [*_firms(text), *_places_and_cases(text)]
-    spans += [Span(_own_start(match), match.end(), "ORGANIZATION", 0.76) for match in _FORM.finditer(text)]
-    spans += [Span(*match.span(), "TITLE", 0.7) for match in _HONORIFIC.finditer(text)]
+    spans: list[Span] = []
+    if HAS_CAPITAL.search(text):
+        spans += [*_firms(text), *_places_and_cases(text)]
+        spans += [Span(_own_start(match), match.end(), "ORGANIZATION", 0.76) for match in _FORM.finditer(text)]
+        spans += [Span(*match.span(), "TITLE", 0.7) for match in _HONORIFIC.finditer(text)]
     if not _country_words().isdisjoint(_WORD.findall(text.lower())):
         spans += [Span(*match.span(), "COUNTRY", 0.7) for match in _countries().finditer(text)]
         spans += [Span(*match.span(), "NRP", 0.7) for match in _nationalities().finditer(text)]

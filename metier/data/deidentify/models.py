@@ -11,7 +11,16 @@ import re
 from collections.abc import Iterable, Iterator
 from functools import cache
 
-from metier.data.deidentify.english import CAPITAL, LETTER, WORD, head_after, kind_of, starts_sentence, terms
+from metier.data.deidentify.english import (
+    CAPITAL,
+    HAS_CAPITAL,
+    LETTER,
+    WORD,
+    head_after,
+    kind_of,
+    starts_sentence,
+    terms,
+)
 from metier.data.deidentify.lexicon import cues, word_set
 from metier.data.deidentify.spans import Span
 
@@ -26,7 +35,6 @@ _AFTER_ADDRESS = re.compile(
 _BEFORE_TOWN = re.compile(
     r"\b(?:north|south|east|west|new|port|lake|saint|st\.?|mount|fort|san|santa|el|los|las) $", re.IGNORECASE
 )
-_CAPITAL = re.compile(f"[{CAPITAL}]")
 _NUMBER_CUE = re.compile(
     r"(?:\b(?:no|nos|number|numbers|house|home|apartment|apt|flat|building|unit|suite|room|box|at|door)\b[.:#]? ?|#)$",
     re.IGNORECASE,
@@ -42,7 +50,7 @@ def _gap() -> re.Pattern[str]:
 
 def plausible(text: str, words: Iterable[Span]) -> list[Span]:
     """Spans of what a model found in folded `text`, joined over small gaps; their scores are at least 0.5."""
-    mixed = _CAPITAL.search(text) is not None
+    mixed = HAS_CAPITAL.search(text) is not None
     kept = [word for word in words if word.score >= _needed(text, word, mixed)]
     spans = [_grown(text, span) for span in _joined(text, kept)]
     if mixed:
