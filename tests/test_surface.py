@@ -55,7 +55,7 @@ COMMANDS = {
     "export": "run --for --out --storage --to",
     "serve": "runs --host --port --api-key-file --guard --max-batch --max-new-tokens --request-seconds --precision "
     "--device",
-    "compare": "runs --csv",
+    "compare": "runs --csv --language",
     "verify": "run --head",
     "chat": f"run --base --compare --system {DECODING}",
 }
