@@ -133,6 +133,39 @@ def sequential(base: Any, renderer: Any, jobs: list[dict[str, Any]]) -> tuple[fl
     return rate, [renderer.decode([i for i in ids if i not in stops]) for ids in answers]
 
 
+def pass_times(bank: Any, rows: int, names: list[str]) -> str:
+    """Milliseconds of a decoding pass over `rows` rows of 150 tokens, the adapters in turn: launched and recorded."""
+    from metier.model.decode import Decoder
+    from metier.model.slots import SlotCache, forward_rows
+
+    cache = SlotCache()
+    cache.reserve(rows, 256)
+    decoder = Decoder(bank, cache)
+    adapters = [None if (name := names[i % len(names)]) == "base" else name for i in range(rows)]
+    for first in range(0, rows, 8):
+        part = adapters[first : first + 8]
+        bank.select(part)
+        forward_rows(
+            bank, cache, first=first, tokens=[[5] * 150] * len(part), starts=[0] * len(part), keep=[[0]] * len(part)
+        )
+
+    def one_pass() -> None:
+        decoder.decode([7] * rows, [150] * rows, adapters).argmax(-1).tolist()
+
+    found = []
+    for records in (False, decoder.records):
+        decoder.records = records
+        begun = time.monotonic()
+        one_pass()
+        first_pass = time.monotonic() - begun
+        begun = time.monotonic()
+        for _ in range(10):
+            one_pass()
+        found.append(f"{(time.monotonic() - begun) * 100:.1f} ms (the first {first_pass:.2f} s)")
+    how = "recorded" if decoder.records else "not recorded"
+    return f"A decoding pass of {rows} rows: launched {found[0]}, {how} {found[1]}."
+
+
 def bench(args: argparse.Namespace) -> list[str]:
     import torch
 
@@ -158,6 +191,10 @@ def bench(args: argparse.Namespace) -> list[str]:
     bank = AdapterBank(base)
     for name, folder in folders.items():
         bank.add(name, folder)
+    passes = [pass_times(bank, rows, names) for rows in (1, args.clients)]
+    print("\n".join(passes), flush=True)
+    if not args.tiny:
+        torch.cuda.empty_cache()
     guard = Guard()
     models = {n: Model(n, None if n == "base" else n, n, None if n == "base" else "base", n, guard) for n in names}
     settings = ServerSettings(port=0, max_batch=args.clients, max_waiting=1024)
@@ -167,8 +204,11 @@ def bench(args: argparse.Namespace) -> list[str]:
     rows, texts = [], []
     for clients in (args.clients, 1):
         some = jobs if clients > 1 else jobs[: args.timed]
+        before = server.engine.counters.passes, server.engine.counters.seconds
         result = load_clients(port, clients, some)
         rows.append(row_of(clients, result))
+        done, busy = server.engine.counters.passes - before[0], server.engine.counters.seconds - before[1]
+        passes.append(f"{clients} clients: {done} passes, {busy / done * 1000:.1f} ms each with what chooses tokens.")
         print(rows[-1], flush=True)
         texts += [f["text"] for f in result["found"]]
     got = [text for text, job in zip(texts, jobs, strict=False) if job["model"] == "base"][: len(want)]
@@ -187,7 +227,7 @@ def bench(args: argparse.Namespace) -> list[str]:
         "|---:|---:|---:|---:|---:|---:|", *rows,
         f"| transformers' `generate`, one after another (base) | {len(plain)} | - | {rate:.1f} | - | - |", "",
         f"Greedy answers of the base equal to those of `generate` alone, to the last character: {same} of {len(want)} "
-        "(bf16, random weights: near ties).",
+        "(bf16, random weights: near ties).", "", *passes,
     ]  # fmt: skip
 
 

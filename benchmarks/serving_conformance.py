@@ -16,11 +16,13 @@ import json
 import math
 import os
 import re
+import signal
 import sys
 import urllib.parse
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -617,18 +619,30 @@ def lm_eval_generates_in_chats(t: Target) -> None:
     assert "Paris" in answer
 
 
-def run_cases(target: Target, only: str = "") -> list[dict[str, str]]:
-    """Each case's driver, name and what went wrong (empty when nothing did); `only` is a part of "client name"."""
+def run_cases(target: Target, only: str = "", seconds: float = 0.0) -> list[dict[str, str]]:
+    """Each case's driver, name and what went wrong (empty when nothing did); `only` is a part of "client name".
+
+    A case that takes longer than `seconds` (0: no limit; main thread only) is wrong.
+    """
+
+    def late(number: int, frame: FrameType | None) -> None:
+        raise TimeoutError(f"not done after {seconds:.0f} s")
+
+    if seconds:
+        signal.signal(signal.SIGALRM, late)
     results = []
     for driver, name, function in CASES:
         if only not in f"{driver} {name}":
             continue
         try:
+            signal.setitimer(signal.ITIMER_REAL, seconds)
             function(target)
             wrong = ""
         # A client's own errors are what a failed case looks like.
         except Exception as error:
             wrong = f"{type(error).__name__}: {error}".replace("\n", " ")[:160]
+        finally:
+            signal.setitimer(signal.ITIMER_REAL, 0)
         results.append({"driver": driver, "case": name, "wrong": wrong})
         print(f"{'ok  ' if not wrong else 'FAIL'} {driver:10} {name} {wrong}", file=sys.stderr, flush=True)
     return results
@@ -642,10 +656,11 @@ def main() -> None:
     parser.add_argument("--tokenizer", required=True, help="the base's folder")
     parser.add_argument("--control", action="store_true", help="one model alone: adapters' cases ask the base")
     parser.add_argument("--only", default="", help="run the cases whose client and name hold this")
+    parser.add_argument("--seconds", type=float, default=0.0, help="a case that takes longer fails (0: no limit)")
     parser.add_argument("--out", type=Path)
     args = parser.parse_args()
     adapters = args.adapters or ([args.base] if args.control else parser.error("name the adapters"))
-    results = run_cases(Target(args.url.rstrip("/"), args.base, adapters, args.tokenizer), args.only)
+    results = run_cases(Target(args.url.rstrip("/"), args.base, adapters, args.tokenizer), args.only, args.seconds)
     if args.out:
         args.out.write_text(json.dumps(results, indent=1), encoding="utf-8")
     passed = sum(not r["wrong"] for r in results)

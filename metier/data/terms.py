@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import polars
@@ -44,10 +44,24 @@ def find_terms(domain: Domain, texts: list[str]) -> list[list[Span]]:
             Span(*match.span(), name)
             for lower in sorted({candidate.lower() for candidate in candidates})
             for name, pattern in by_lower[lower]
-            for match in pattern.finditer(text)
+            for match in _matches(pattern, lower, text)
         ]
-        for text, candidates in zip(texts, likely, strict=True)
+        for text, candidates in zip(texts, likely.to_list(), strict=True)
     ]
+
+
+def _matches(pattern: re.Pattern[str], lower: str, text: str) -> Iterator[re.Match[str]]:
+    """What `pattern.finditer(text)` finds, faster: the pattern is tried only where its name in small letters stands."""
+    lowered = text.lower()
+    if len(lowered) != len(text):
+        yield from pattern.finditer(text)
+        return
+    at = lowered.find(lower)
+    while at >= 0:
+        match = pattern.match(text, at)
+        if match:
+            yield match
+        at = lowered.find(lower, match.end() if match else at + 1)
 
 
 def coverage(domain: Domain, records: list[Record]) -> dict[str, Any]:

@@ -13,7 +13,10 @@ import torch
 import triton
 import triton.language as tl
 
-from metier.kernels.reference import FP8, Rows, rank_gradient
+from metier.kernels import triton_groups
+from metier.kernels.reference import FP8, Groups, Rows, rank_gradient
+from metier.kernels.triton_groups import cut, is_even, share_of
+from metier.kernels.triton_tiles import add_low_rank
 
 # Wider projections leave the kernel's registers and go through cuBLAS.
 MAX_FUSED_RANK = 128
@@ -26,17 +29,22 @@ def _to_e4m3(value, inverse):
 
 
 @triton.jit
-def _project_rows(x, factor, down, target, scale_out, rstd_out, low, num_rows, num_cols, rank, eps,
-                  x_stride, down_stride_n, down_stride_r,
+def _project_rows(x, factor, down, target, scale_out, rstd_out, low, bounds, num_rows, num_cols, rank, shares, eps,
+                  x_stride, down_stride_j, down_stride_n, down_stride_r, GROUPED: tl.constexpr,
                   NORM: tl.constexpr, HAS_FACTOR: tl.constexpr, HAS_DOWN: tl.constexpr, QUANTISE: tl.constexpr,
                   PRECISION: tl.constexpr, BR: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr):  # fmt: skip
-    rows = (tl.program_id(0) * BM + tl.arange(0, BM)).to(tl.int64)
-    row_mask = rows < num_rows
+    adapter, first, last = share_of(tl.program_id(0), bounds, num_rows, BM, shares, GROUPED)
+    down += adapter * down_stride_j
+    rows = (first + tl.arange(0, BM)).to(tl.int64)
+    row_mask = rows < last
+    stop = num_cols
+    if GROUPED:
+        stop = tl.where(first < last, num_cols, 0)
     ranks = tl.arange(0, BR)
     squares = tl.zeros([BM], tl.float32)
     largest = tl.zeros([BM], tl.float32)
     acc = tl.zeros([BM, BR], tl.float32)
-    for start in range(0, num_cols, BN):
+    for start in range(0, stop, BN):
         cols = start + tl.arange(0, BN)
         col_mask = cols < num_cols
         raw = tl.load(x + rows[:, None] * x_stride + cols[None, :], row_mask[:, None] & col_mask[None, :], other=0.0)
@@ -66,7 +74,7 @@ def _project_rows(x, factor, down, target, scale_out, rstd_out, low, num_rows, n
         tl.store(scale_out + rows, scale, row_mask)
         times = times / scale
     if QUANTISE or NORM:
-        num_blocks = tl.cdiv(num_cols, BN)
+        num_blocks = tl.cdiv(stop, BN)
         for step in range(num_blocks):
             cols = (num_blocks - 1 - step) * BN + tl.arange(0, BN)
             mask = row_mask[:, None] & (cols < num_cols)[None, :]
@@ -78,16 +86,18 @@ def _project_rows(x, factor, down, target, scale_out, rstd_out, low, num_rows, n
 
 
 @triton.jit
-def _scaled_rows(x, factor, down, largest_in, target, scale_out, low, num_rows, num_cols, rank, x_stride,
-                 down_stride_n, down_stride_r, end0, end1, chunks,
+def _scaled_rows(x, factor, down, largest_in, target, scale_out, low, bounds, num_rows, num_cols, rank, shares,
+                 x_stride, down_stride_j, down_stride_n, down_stride_r, end0, end1, chunks, GROUPED: tl.constexpr,
                  HAS_FACTOR: tl.constexpr, HAS_DOWN: tl.constexpr, QUANTISE: tl.constexpr, SEGMENTS: tl.constexpr,
                  EVEN: tl.constexpr, STAGES: tl.constexpr, PRECISION: tl.constexpr, BR: tl.constexpr,
                  BM: tl.constexpr, BN: tl.constexpr):  # fmt: skip
     """A chunk of a segment of columns, in one reading: the rows' largest magnitudes are known, or not asked for."""
-    rows = (tl.program_id(0) * BM + tl.arange(0, BM)).to(tl.int64)
+    adapter, first_row, last_row = share_of(tl.program_id(0), bounds, num_rows, BM, shares, GROUPED)
+    down += adapter * down_stride_j
+    rows = (first_row + tl.arange(0, BM)).to(tl.int64)
     segment = tl.program_id(1) // chunks
     chunk = tl.program_id(1) % chunks
-    row_mask = rows < num_rows
+    row_mask = rows < last_row
     ranks = tl.arange(0, BR)
     first, last = 0, num_cols
     if SEGMENTS > 1:
@@ -96,6 +106,8 @@ def _scaled_rows(x, factor, down, largest_in, target, scale_out, low, num_rows, 
     cols_each = tl.cdiv(tl.cdiv(last - first, BN), chunks) * BN
     first += chunk * cols_each
     last = tl.minimum(first + cols_each, last)
+    if GROUPED:
+        last = tl.where(first_row < last_row, last, first)
     acc = tl.zeros([BM, BR], tl.float32)
     inverse = tl.zeros([BM], tl.float32)
     if QUANTISE:
@@ -137,12 +149,14 @@ def project_rows(
     eps: float | None = None,
     quantise: bool = False,
     largest: torch.Tensor | None = None,
+    groups: Groups | None = None,
 ) -> Rows:
     num_rows, num_cols = x.shape
     is_norm = eps is not None
     assert is_norm or quantise or factor is None
-    rank = down.shape[1] if down is not None else 0
-    is_fused = 0 < rank <= MAX_FUSED_RANK
+    rank = down.shape[-1] if down is not None else 0
+    # Of several adapters none is too wide: `MAX_GROUPED_RANK`, of at most three layers.
+    is_fused = 0 < rank <= (MAX_FUSED_RANK if groups is None else 256)
     target, scale, rstd, low = x, x, x, None
     if is_norm or quantise:
         target = torch.empty(num_rows, num_cols, device=x.device, dtype=FP8 if quantise else x.dtype)
@@ -154,24 +168,27 @@ def project_rows(
         low = torch.empty(num_rows, len(segments) * rank, device=x.device, dtype=x.dtype)
     one, low_out = x if factor is None else factor, x if low is None else low
     options: dict[str, Any] = {"HAS_FACTOR": factor is not None, "HAS_DOWN": is_fused, "QUANTISE": quantise}
-    projection = (down if is_fused else x, *(down.stride() if down is not None else (0, 0)))
+    projection = (down if is_fused else x, *(_strides(down) if down is not None else (0, 0, 0)))
     if quantise and not is_norm and largest is None and len(segments) > 1:
         largest = (x.float() * factor if factor is not None else x.float()).abs().amax(1)
     if is_norm or (quantise and largest is None):
         block = _row_block(x, rank * is_fused)
-        _project_rows[(triton.cdiv(num_rows, block["BM"]),)](
-            x, one, projection[0], target, scale, rstd, low_out, num_rows, num_cols, rank, eps or 0.0, x.stride(0),
-            *projection[1:], NORM=is_norm, **options, **block,
+        shares = cut(x, block["BM"], groups)
+        _project_rows[(shares.total,)](
+            x, one, projection[0], target, scale, rstd, low_out, shares.bounds, num_rows, num_cols, rank, shares.each,
+            eps or 0.0, x.stride(0), *projection[1:], GROUPED=shares.is_grouped, NORM=is_norm, **options, **block,
         )  # fmt: skip
     elif quantise or is_fused:
         ends = segments if is_fused else (num_cols,)
         block = _segment_block(x, rank * is_fused, ends, quantise)
-        chunks, row_blocks = block.pop("chunks"), triton.cdiv(num_rows, block["BM"])
+        block["EVEN"] &= is_even(x, groups)
+        chunks, shares = block.pop("chunks"), cut(x, block["BM"], groups)
         if chunks > 1 and low is not None:
             low_out = torch.empty(chunks, *low.shape, device=x.device, dtype=torch.float32)
-        _scaled_rows[(row_blocks, len(ends) * chunks)](
-            x, one, projection[0], x if largest is None else largest, target, scale, low_out, num_rows, num_cols, rank,
-            x.stride(0), *projection[1:], *(*ends[:-1], 0, 0)[:2], chunks, SEGMENTS=len(ends), **options, **block,
+        _scaled_rows[(shares.total, len(ends) * chunks)](
+            x, one, projection[0], x if largest is None else largest, target, scale, low_out, shares.bounds, num_rows,
+            num_cols, rank, shares.each, x.stride(0), *projection[1:], *(*ends[:-1], 0, 0)[:2], chunks,
+            GROUPED=shares.is_grouped, SEGMENTS=len(ends), **options, **block,
         )  # fmt: skip
         if chunks > 1 and low is not None:
             low.copy_(low_out.sum(0))
@@ -186,6 +203,11 @@ def project_rows(
         None if quantise else target, target if quantise else None, scale if quantise else None, low,
         rstd if is_norm else None,
     )  # fmt: skip
+
+
+def _strides(down: torch.Tensor) -> tuple[int, int, int]:
+    """From one adapter to the next, along the columns, along the rank."""
+    return 0 if down.dim() == 2 else down.stride(0), down.stride(-2), down.stride(-1)
 
 
 def _row_block(x: torch.Tensor, rank: int) -> dict[str, Any]:
@@ -208,7 +230,7 @@ def _segment_block(x: torch.Tensor, rank: int, ends: tuple[int, ...], quantise: 
     return {
         "BR": max(16, triton.next_power_of_2(rank)), "BM": 64, "BN": cols, "num_warps": 8 if is_wide else 4,
         "STAGES": 1 if x.dtype == torch.float32 else 2 if is_wide else 3,
-        "EVEN": x.shape[0] % 64 == 0 and all(end % cols == 0 for end in ends),
+        "EVEN": all(end % cols == 0 for end in ends),
         "chunks": 1 if is_wide else max(1, min(512 // programs, shortest // cols)),
         "PRECISION": "ieee" if x.dtype == torch.float32 else "tf32",
     }  # fmt: skip
@@ -238,8 +260,9 @@ def _row_means(dz, x, rstd_in, weight, low, projected, means, num_rows, num_cols
 
 
 @triton.jit
-def _norm_backward(dz, x, rstd_in, weight, low, down, means, residual, dx, down_sums, num_rows, num_cols, rank,
-                   rows_each, HAS_LOW: tl.constexpr, HAS_RESIDUAL: tl.constexpr, EVEN: tl.constexpr,
+def _norm_backward(dz, x, rstd_in, weight, low, down, means, residual, dx, down_sums, bounds, num_rows, num_cols,
+                   rank, rows_each, shares, GROUPED: tl.constexpr,
+                   HAS_LOW: tl.constexpr, HAS_RESIDUAL: tl.constexpr, EVEN: tl.constexpr,
                    STAGES: tl.constexpr, PRECISION: tl.constexpr, BR: tl.constexpr, BM: tl.constexpr,
                    BN: tl.constexpr):  # fmt: skip
     """Down a block of columns; the gradient of A is summed on the way, over a share of the rows."""
@@ -248,12 +271,12 @@ def _norm_backward(dz, x, rstd_in, weight, low, down, means, residual, dx, down_
     col_mask = cols < num_cols
     ranks = tl.arange(0, BR)
     factor = tl.load(weight + cols, col_mask, other=0.0).to(tl.float32)
+    adapter, first, last = share_of(split, bounds, num_rows, rows_each, shares, GROUPED)
     if HAS_LOW:
+        down += adapter * rank * num_cols
         down_block = tl.load(down + ranks[:, None] * num_cols + cols[None, :],
                              (ranks < rank)[:, None] & col_mask[None, :], other=0.0)  # fmt: skip
         down_sum = tl.zeros([BN, BR], tl.float32)
-    first = split * rows_each
-    last = tl.minimum(first + rows_each, num_rows)
     for start in tl.range(first, last, BM, num_stages=STAGES):
         rows = (start + tl.arange(0, BM)).to(tl.int64)
         row_mask = rows < last
@@ -298,15 +321,20 @@ def norm_backward(
     down: torch.Tensor | None,
     projected: torch.Tensor | None,
     residual: torch.Tensor | None,
+    groups: Groups | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     num_rows, num_cols = x.shape
-    rank = down.shape[0] if down is not None and low is not None else 0
+    rank = down.shape[-2] if down is not None and low is not None else 0
     is_fused = 0 < rank <= MAX_SUMMED_RANK
     down_grad = None
     if rank and not is_fused:
         assert low is not None and down is not None
-        dz = torch.addmm(dz, low, down)
-        down_grad = rank_gradient((low * rstd[:, None]).to(x.dtype), x, (rank,)) * weight
+        scaled = (low * rstd[:, None]).to(x.dtype)
+        if groups is None:
+            dz, down_grad = torch.addmm(dz, low, down), rank_gradient(scaled, x, (rank,)) * weight
+        else:
+            dz = add_low_rank(None, dz, low, down.mT, groups)
+            down_grad = triton_groups.rank_gradient(scaled, x, (rank,), groups) * weight
     dx, means = torch.empty_like(x), torch.empty(num_rows, device=x.device, dtype=torch.float32)
     is_wide = x.dtype == torch.float32
     ranks = {"HAS_LOW": is_fused, "BR": max(16, triton.next_power_of_2(rank * is_fused))}
@@ -317,12 +345,12 @@ def norm_backward(
     )  # fmt: skip
     blocks = triton.cdiv(num_cols, 64)
     rows_each = triton.cdiv(triton.cdiv(num_rows, max(1, 1024 // blocks)), 64) * 64
-    splits = triton.cdiv(num_rows, rows_each)
-    down_sums = torch.empty(splits * is_fused, rank, num_cols, device=x.device, dtype=torch.float32)
-    _norm_backward[(blocks, splits)](
+    shares = cut(x, rows_each, groups)
+    down_sums = torch.empty(shares.total * is_fused, rank, num_cols, device=x.device, dtype=torch.float32)
+    _norm_backward[(blocks, shares.total)](
         dz, x, rstd, weight, low, down if is_fused else dz, means, dz if residual is None else residual, dx, down_sums,
-        num_rows, num_cols, rank, rows_each, HAS_RESIDUAL=residual is not None,
-        EVEN=num_rows % 64 == 0 and num_cols % 64 == 0, STAGES=1 if is_wide else 3,
+        shares.bounds, num_rows, num_cols, rank, shares.rows, shares.each, GROUPED=shares.is_grouped,
+        HAS_RESIDUAL=residual is not None, EVEN=is_even(x, groups) and num_cols % 64 == 0, STAGES=1 if is_wide else 3,
         PRECISION="ieee" if is_wide else "tf32", **ranks, BM=64, BN=64, num_warps=8 if is_wide else 4,
     )  # fmt: skip
-    return dx, down_sums.sum(0) if is_fused else down_grad
+    return dx, shares.summed(down_sums) if is_fused else down_grad

@@ -28,19 +28,24 @@ Layout = tuple[tuple[int, int], ...]
 
 @dataclass
 class Selection:
-    """Which adapter each row of the batch at hand asks for; `masks` holds the columns' switches by layout."""
+    """Which adapter each row of the batch at hand asks for; `masks` holds the columns' switches by layout.
+
+    `owners` keeps the columns' adapters of each layout: a pass that is being recorded may copy nothing to the device.
+    """
 
     rows: torch.Tensor | None = None
     masks: dict[Layout, torch.Tensor] = field(default_factory=dict)
+    owners: dict[Layout, torch.Tensor] = field(default_factory=dict)
 
     def mask(self, layout: Layout, dtype: torch.dtype) -> torch.Tensor | None:
         """[rows, 1, R] of ones and zeros, or None when every row asks for the base, or no adapter has the layer."""
         if self.rows is None or not layout:
             return None
         if layout not in self.masks:
-            owners = [adapter for adapter, rank in layout for _ in range(rank)]
-            columns = torch.tensor(owners, device=self.rows.device)
-            self.masks[layout] = (self.rows[:, None] == columns).to(dtype)[:, None]
+            if layout not in self.owners:
+                owners = [adapter for adapter, rank in layout for _ in range(rank)]
+                self.owners[layout] = torch.tensor(owners, device=self.rows.device)
+            self.masks[layout] = (self.rows[:, None] == self.owners[layout]).to(dtype)[:, None]
         return self.masks[layout]
 
 
@@ -109,11 +114,17 @@ class AdapterBank:
 
     def select(self, rows: Sequence[str | None]) -> None:
         """Names the adapter of each row of the next passes; None is the base."""
+        has_adapters = any(name is not None for name in rows)
+        self.select_numbers(torch.tensor(self.numbers(rows), device=self.base.device) if has_adapters else None)
+
+    def select_numbers(self, rows: torch.Tensor | None) -> None:
+        """`select` by `numbers` [rows] on the device; None when every row asks for the base."""
         self._selection.masks = {}
-        self._selection.rows = None
-        if any(name is not None for name in rows):
-            numbers = [-1 if name is None else self.names.index(name) for name in rows]
-            self._selection.rows = torch.tensor(numbers, device=self.base.device)
+        self._selection.rows = rows
+
+    def numbers(self, rows: Sequence[str | None]) -> list[int]:
+        """Each adapter's number; -1 is the base's."""
+        return [-1 if name is None else self.names.index(name) for name in rows]
 
     def _put_in(self) -> None:
         for where, layer in self._layers.items():

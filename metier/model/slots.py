@@ -31,7 +31,13 @@ class SlotCache:
         self._keys: dict[int, torch.Tensor] = {}
         self._values: dict[int, torch.Tensor] = {}
         self._rows = self._columns = 0
+        self.version = 0
         self._here: tuple[torch.Tensor, torch.Tensor, int, int, int] | None = None
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """Rows and columns; `version` changes when they move to other memory."""
+        return self._rows, self._columns
 
     @property
     def num_bytes(self) -> int:
@@ -49,6 +55,7 @@ class SlotCache:
         if more_rows * more_columns > self._max_tokens:
             more_rows, more_columns = rows, columns
         self._rows, self._columns = more_rows, more_columns
+        self.version += 1
         for store in (self._keys, self._values):
             for layer, old in store.items():
                 new = old.new_zeros(self._rows, old.shape[1], self._columns, old.shape[3])
@@ -61,6 +68,7 @@ class SlotCache:
         self._keys.clear()
         self._values.clear()
         self._rows = self._columns = 0
+        self.version += 1
         # glibc keeps freed blocks of up to 32 MiB for itself; other C libraries have no such call.
         if trim := getattr(ctypes.CDLL(None), "malloc_trim", None):
             trim(0)

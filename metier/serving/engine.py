@@ -22,6 +22,7 @@ from dataclasses import dataclass, field
 import torch
 
 from metier.model.bank import AdapterBank
+from metier.model.decode import Decoder
 from metier.model.slots import SlotCache, context_of, forward_rows
 from metier.serving.sampling import Sampling, SamplingState, TokenLogprob, logprobs_of, next_tokens
 
@@ -134,6 +135,7 @@ class Engine:
         self.counters = Counters()
         self.is_down = False
         self._cache = SlotCache(max_cache_tokens)
+        self._decoder = Decoder(bank, self._cache)
         self._waiting: dict[str | None, deque[Generation]] = {name: deque() for name in (None, *bank.names)}
         self._turns = deque(self._waiting)
         # In the cache's order: those that get a token each pass, and behind them the prompts under way. Several
@@ -236,8 +238,8 @@ class Engine:
                 self._prefill()
             if self._decoding:
                 self._decode()
-            if not self.num_running:
-                # Nobody waits for a pass, so the rectangle's memory goes back.
+            if not self.num_running and not self._decoder.records:
+                # Nobody waits for a pass, so the rectangle's memory goes back; recorded passes need it where it is.
                 self._cache.clear()
             self.counters.seconds += time.monotonic() - begun
 
@@ -285,7 +287,10 @@ class Engine:
                     group.append(queue.popleft())
                 self._turns.rotate(-1)
             self._prompts = group
-        self._cache.reserve(self.num_running, max((g.room for g in self._decoding + group), default=0))
+        room = max((g.room for g in self._decoding + group), default=0)
+        # Recorded passes are lost when the rectangle grows, so it is as high as it will be from the start.
+        is_high = self._decoder.records and self.max_rows * room <= self.max_cache_tokens
+        self._cache.reserve(self.max_rows if group and is_high else self.num_running, room)
 
     def _fits(self, generation: Generation, group: list[Generation]) -> bool:
         """Whether a waiting sequence has room beside those that run, and in one pass with the group's prompts."""
@@ -342,11 +347,7 @@ class Engine:
     def _decode(self) -> None:
         """One token for every sequence whose prompt is through."""
         rows = self._decoding
-        self.bank.select([g.adapter for g in rows])
-        logits = forward_rows(
-            self.bank, self._cache, first=0, tokens=[[g.last_token] for g in rows],
-            starts=[g.length for g in rows], keep=[[0]] * len(rows),
-        )  # fmt: skip
+        logits = self._decoder.decode([g.last_token for g in rows], [g.length for g in rows], [g.adapter for g in rows])
         self.counters.passes += 1
         self._emit(logits, 0)
 

@@ -10,7 +10,7 @@ import asyncio
 import contextlib
 import random
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterator
 from dataclasses import dataclass, field
 
 from metier.errors import LabelError, did_you_mean
@@ -41,6 +41,10 @@ class Piece:
     text: str
     logprobs: list[TokenLogprob]
     finish: str | None = None
+
+    def then(self, later: Piece) -> Piece:
+        """Both as one."""
+        return Piece(self.index, self.text + later.text, self.logprobs + later.logprobs, later.finish)
 
 
 @dataclass
@@ -150,32 +154,42 @@ class Service:
 
     async def pieces(self, job: Job) -> AsyncIterator[Piece]:
         """The choices' pieces as they come. Raises `EngineFailed`."""
-        is_chat = isinstance(job.request, ChatRequest)
         writers = {c.index: _Writer(self, job, c) for c in job.choices}
         running = len(job.choices)
-        first = True
         try:
             for choice in job.choices:
                 if choice.refusal is not None:
                     choice.shown, running = choice.refusal, running - 1
                     yield Piece(choice.index, choice.refusal, [], "content_filter")
             while running:
-                choice, event = await job.events.get()
-                if choice.is_done:
-                    continue
-                if isinstance(event, Failed):
-                    raise EngineFailed(event.reason)
-                if first and isinstance(event, Token):
-                    first = False
-                    self.metrics.observe("time_to_first_token_seconds", time.monotonic() - job.begun)
-                piece = writers[choice.index].take(event, is_chat=is_chat)
-                if piece is not None:
-                    choice.shown += piece.text
+                # What came meanwhile goes out in one piece a choice: the faster the engine, the longer the pieces.
+                events = [await job.events.get()]
+                while not job.events.empty():
+                    events.append(job.events.get_nowait())
+                for piece in self._joined(job, writers, events):
                     running -= piece.finish is not None
                     yield piece
         finally:
             job.cancel()
             self._account(job)
+
+    def _joined(self, job: Job, writers: dict[int, _Writer], events: list[tuple[Choice, Event]]) -> Iterator[Piece]:
+        """What `events` complete, one piece a choice at most. Raises `EngineFailed` behind them."""
+        is_chat = isinstance(job.request, ChatRequest)
+        ready: dict[int, Piece] = {}
+        failed = next((event for choice, event in events if isinstance(event, Failed) and not choice.is_done), None)
+        for choice, event in events:
+            if choice.is_done or isinstance(event, Failed):
+                continue
+            if isinstance(event, Token) and not job.completion_tokens:
+                self.metrics.observe("time_to_first_token_seconds", time.monotonic() - job.begun)
+            piece = writers[choice.index].take(event, is_chat=is_chat)
+            if piece is not None:
+                choice.shown += piece.text
+                ready[choice.index] = ready[choice.index].then(piece) if choice.index in ready else piece
+        yield from ready.values()
+        if failed is not None:
+            raise EngineFailed(failed.reason)
 
     def _account(self, job: Job) -> None:
         name = job.model.name

@@ -24,7 +24,7 @@ from metier.model.lora import attach
 from metier.model.recompute import set_recompute
 from metier.recipe import AdapterConfig, TrainConfig
 from metier.training.cards import GIB, Card, card_here, card_named
-from metier.training.fit import precision_that_fits
+from metier.training.fit import base_that_fits
 from metier.training.memory import Shape, activation_bytes, kept_inputs_bytes, layer_bytes, shape_of
 from metier.training.pack import collate
 from metier.training.plan import RECOMPUTE, Job, best, choices, cost
@@ -200,9 +200,9 @@ def test_a_job_that_cannot_fit_is_a_sentence_that_says_what_would() -> None:
     with pytest.raises(
         RunError, match=r"does not fit into 16.0 GiB.*needs 1..\.. GiB, 128\.. of it for the frozen base"
     ):
-        precision_that_fits(shape, sixteen_gb(), TrainConfig(precision="bf16"))
+        base_that_fits(shape, sixteen_gb(), TrainConfig(precision="bf16"))
     big = dataclasses.replace(sixteen_gb(), memory_bytes=79 * GIB)
-    assert precision_that_fits(shape, big, TrainConfig()) == "nf4"
+    assert base_that_fits(shape, big, TrainConfig()) == ("nf4", False)
     with pytest.raises(RecipeError, match="h1000.*did you mean `h100`"):
         card_named("h1000")
 

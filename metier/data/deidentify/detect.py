@@ -14,6 +14,7 @@ from metier.data.deidentify.chinese import find_chinese_names
 from metier.data.deidentify.chinese_places import find_organisations, find_places
 from metier.data.deidentify.english import LETTER, companions, find_english
 from metier.data.deidentify.english_places import find_english_places
+from metier.data.deidentify.lower_case import find_lower_case
 from metier.data.deidentify.models import plausible
 from metier.data.deidentify.patterns import LABEL, find_patterns
 from metier.data.deidentify.rampart import find_rampart
@@ -91,7 +92,7 @@ def _read(text: str, zh: bool, en: bool, more: Sequence[str]) -> tuple[list[Span
     if en and _LATIN.search(text):
         words = _NO_WORD.sub(lambda match: "x" * len(match.group()), text)
         found, terms = find_english(words)
-        found += find_english_places(words)
+        found += [*find_lower_case(words), *find_english_places(words)]
         found += plausible(text, find_rampart(text)) if "rampart" in more else []
         spans += [s for s in found if s.score >= 0.9 or s.entity_type not in NAMED or not _inside(s, terms)]
         spans += find_addresses(words)
