@@ -1,7 +1,7 @@
 """De-identification measured: Chinese and English templates, presidio-research's sets, and real texts without people.
 
-    python benchmarks/bench_deidentify.py --system rules --presidio-raw RAW --synth synth_dataset_v2.json \
-        --medquad medquad.jsonl.gz --banking77 train.csv
+    python benchmarks/bench_deidentify.py --system rules rampart presidio --presidio-raw RAW \
+        --synth synth_dataset_v2.json --medquad medquad.jsonl.gz --banking77 train.csv
 
 `--system presidio` is presidio-analyzer with its default registry and en_core_web_sm, run by a Python that has them;
 `--system rampart` is the rules together with the Rampart weights. RAW is presidio-evaluator's data_generator/raw_data.
@@ -91,7 +91,7 @@ def score(
     started = time.process_time()
     found = [detector(record.text) for record in made]
     seconds = time.process_time() - started
-    total, full, touched = Counter[str](), Counter[str](), 0
+    total, full, missed = Counter[str](), Counter[str](), Counter[str]()
     right = negatives = disturbed = 0
     wrong = Counter[str]()
     for i, (record, spans) in enumerate(zip(made, found, strict=True)):
@@ -103,7 +103,7 @@ def score(
             wanted = {j for j in range(start, end) if record.text[j].isalnum()}
             total[kind] += 1
             full[kind] += wanted <= covered
-            touched += bool(wanted & covered)
+            missed[kind] += not wanted & covered
         for start, end, kind in spans:
             inside = len(planted & set(range(start, end)))
             if 2 * inside >= end - start:
@@ -114,13 +114,14 @@ def score(
         disturbed += record.negative and bool(spans)
     count = sum(total.values())
     precision = right / max(right + wrong.total(), 1)
-    line = f"{name}: full {sum(full.values()) / count:.4f} any {touched / count:.4f} P {precision:.4f}"
+    line = f"{name}: full {sum(full.values()) / count:.4f} any {1 - missed.total() / count:.4f} P {precision:.4f}"
     line += f" n {count}" + (f" negatives touched {disturbed / negatives:.4f} of {negatives}" if negatives else "")
     print(f"{line} docs/CPU-s {len(made) / seconds:,.0f}")
     structured = [kind for kind in total if kind in STRUCTURED_ZH]
     share = sum(full[k] for k in structured) / max(sum(total[k] for k in structured), 1)
     print(
-        f"  structured {share:.4f}; " + ", ".join(f"{k} {full[k] / total[k]:.3f} ({total[k]})" for k in sorted(total))
+        f"  structured {share:.4f}; "
+        + ", ".join(f"{k} {full[k] / total[k]:.3f} ({total[k]}, {missed[k]} untouched)" for k in sorted(total))
     )
 
 
@@ -182,18 +183,25 @@ def _places(ranges: Iterable[tuple[int, int]]) -> set[int]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--system", choices=["rules", "presidio", "rampart"], default="rules")
+    parser.add_argument("--system", nargs="+", choices=["rules", "presidio", "rampart"], default=["rules"])
     for name in ("presidio-raw", "synth", "medquad", "banking77"):
         parser.add_argument(f"--{name}", type=Path)
     arguments = parser.parse_args()
-    detector = {"rules": lambda: rules, "presidio": presidio, "rampart": rampart}[arguments.system]()
-    if arguments.system == "rules":
+    for system in arguments.system:
+        print(f"== {system}", flush=True)
+        run(system, arguments)
+
+
+def run(system: str, arguments: argparse.Namespace) -> None:
+    """All sets that were given, with one system."""
+    detector = {"rules": lambda: rules, "presidio": presidio, "rampart": rampart}[system]()
+    if system == "rules":
         for name in ("dev_zh.txt", "held_zh.txt"):
             score(name, records(name, RECORDS, 11), detector)
         with LAWS.open(encoding="utf-8-sig", newline="") as file:
             score_real("laws, odd articles", [row["text"] for row in csv.DictReader(file)][1::2], detector)
         second_pass([record for name in ("held_zh.txt", "dev_en.txt") for record in records(name, RECORDS, 11)])
-    for name in ("dev_en.txt", "tune_en.txt"):
+    for name in ("dev_en.txt", "tune_en.txt", "tune_two_en.txt"):
         score(name, records(name, RECORDS, 11), detector)
     if arguments.presidio_raw:
         made, neutral = presidio_records(arguments.presidio_raw, RECORDS, 11)

@@ -78,7 +78,7 @@ def build(storage: str = "dense") -> Any:
             parent, _, child = name.rpartition(".")
             setattr(model.get_submodule(parent), child, quantise_linear(module, storage))
     model.tie_weights()
-    model.model.rotary_emb = type(model.model.rotary_emb)(config=model.config, device="cuda")
+    model.model.rotary_emb = type(model.model.rotary_emb)(config=model.config).to("cuda")
     return model
 
 
@@ -182,11 +182,13 @@ def trainer(storage: str, *, recompute: str = "none", copies: int = 2) -> Callab
     """metier's own training step over a model of the shape: packed batches -> loss."""
     import torch
 
+    from metier.model.device import resolve_device
     from metier.model.fused import fuse
     from metier.model.lora import attach
     from metier.recipe import AdapterConfig
     from metier.training.step import train_step
 
+    resolve_device("cuda")
     model = build(storage)
     adapter = attach(model, AdapterConfig(rank=RANK, alpha=ALPHA), seed=0)
     fused = fuse(model, adapter, recompute=recompute, fp8_copies=copies)

@@ -240,7 +240,7 @@ def en_makers(seed: int) -> dict[str, tuple[str, Callable[[], str]]]:
     rng = random.Random(f"en{seed}")
     faker = Faker("en_US")
     faker.seed_instance(seed)
-    locales = "en_GB de_DE de_AT de_CH fr_FR es_ES it_IT nl_NL nl_BE pl_PL sv_SE en_IN pt_BR pt_PT da_DK fi_FI hu_HU cs_CZ sl_SI hr_HR no_NO en_NZ et_EE"
+    locales = "en_GB de_DE de_AT de_CH fr_FR es_ES it_IT nl_NL nl_BE pl_PL sv_SE en_IN pt_BR pt_PT da_DK fi_FI hu_HU cs_CZ sl_SI hr_HR no_NO en_NZ et_EE tr_TR vi_VN id_ID ro_RO sk_SK lt_LT lv_LV fil_PH en_NG yo_NG zu_ZA tw_GH az_AZ es_MX en_IE fr_CA"
     world = Faker(locales.split())
     world.seed_instance(seed)
     months = [

@@ -188,18 +188,22 @@ def _train_adapter(recipe: Recipe, out: Path, key: str, ui: Ui) -> None:
     from metier.training.train import train
 
     train(
-        base_of(recipe, ui), recipe.adapter, recipe.train, dataset=out / "dataset", out=out / "adapter",
+        base_of(recipe, ui, may_share=True), recipe.adapter, recipe.train, dataset=out / "dataset", out=out / "adapter",
         seed=recipe.seed, key=key, report=ui.progress, say=ui.say,
     )  # fmt: skip
 
 
-def base_of(recipe: Recipe, ui: Ui) -> Base:
-    """The base to train on, in the precision that fits."""
+def base_of(recipe: Recipe, ui: Ui, *, may_share: bool = False) -> Base:
+    """The base to train on, in the precision that fits; with `may_share` over the processes where none fits one.
+
+    Under torchrun all processes call it, and do as the first one finds.
+    """
     from metier.model.device import resolve_device, resolve_precision, storage_of
     from metier.model.load import empty_model, load_base, read_config
     from metier.model.resolve import resolve_base
+    from metier.training import ranks
     from metier.training.cards import card_here
-    from metier.training.fit import precision_that_fits
+    from metier.training.fit import base_that_fits
     from metier.training.memory import shape_of
 
     path = resolve_base(recipe.base, recipe.revision, progress=ui.say)
@@ -207,12 +211,18 @@ def base_of(recipe: Recipe, ui: Ui) -> Base:
     dtype = resolve_precision(recipe.train.precision, device)
     # Before any weight is loaded: what is misspelt, and what can never fit.
     shape = shape_of(empty_model(read_config(str(path)), dtype), recipe.adapter)
-    storage = storage_of(precision_that_fits(shape, card_here(device), recipe.train))
+    # Trained biases are the base's own tensors, which then cannot be shared.
+    processes = num_processes() if may_share and recipe.adapter.bias == "none" else 1
+    precision, shared = base_that_fits(shape, card_here(device), recipe.train, processes=processes)
+    precision, shared = ranks.from_first((precision, shared))
+    storage = storage_of(precision)
     kept = "" if storage == "dense" else f", the base's weights in {storage}"
+    kept += f", the base's layers shared by {processes} processes" if shared else ""
     ui.say(f"training on {device.type} in {str(dtype).removeprefix('torch.')}{kept}")
     return load_base(
-        recipe.base, revision=recipe.revision, dtype=dtype, device=device, storage=storage, progress=ui.say
-    )
+        recipe.base, revision=recipe.revision, dtype=dtype, device=device, storage=storage, shared=shared,
+        progress=ui.say,
+    )  # fmt: skip
 
 
 def _full(recipe: Recipe, out: Path, ui: Ui) -> dict[str, Any]:
@@ -327,7 +337,10 @@ def _enforce_gates(out: Path) -> None:
     evidence = json.loads((out / "evidence" / "evidence.json").read_text(encoding="utf-8"))
     failed = [gate for gate in evidence["gates"] if not gate["passed"]]
     if failed:
-        words = "; ".join(f"{g['name']} is {g['value']}, the limit is {g['limit']}" for g in failed)
+        words = "; ".join(
+            f"{g['name']} " + ("was not measured" if g["value"] is None else f"is {g['value']:.4g}")
+            + f", the limit is {g['limit']:g}" for g in failed
+        )  # fmt: skip
         raise RunError(f"the adapter does not pass the recipe's gates: {words}", hint=f"`{out / 'report.html'}` tells")
 
 

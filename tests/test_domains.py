@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from metier.data.terms import find_terms, token_cost
+from metier.data.terms import chinese_cost, find_terms, token_cost
 from metier.domains import known_domains, load_domain
 from metier.errors import RecipeError
 from metier.recipe import load_recipe
@@ -101,3 +101,13 @@ def test_files_that_a_recipe_names_are_found_beside_it(tmp_path: Path) -> None:
     named = [recipe.domain, *recipe.dedup.benchmarks, *recipe.balance.general]
     assert named == [str(tmp_path / name) for name in ("packs/mine.yaml", "quiz.jsonl", "general.jsonl")]
     assert load_recipe(tmp_path / "recipe.yaml", ["domain=finance"]).domain == "finance"
+
+
+def test_the_cost_of_chinese_is_that_of_the_records() -> None:
+    def by_bytes(text: str) -> list[int]:
+        return list(text.encode())
+
+    assert chinese_cost(["only English"], by_bytes) == []
+    [cost, advice] = chinese_cost(["银行 the bank"], by_bytes)
+    assert "3.0 tokens a character" in cost and "Qwen" in advice
+    assert chinese_cost(["银行"], lambda text: [0]) == ["Chinese costs 0.5 tokens a character under this base"]

@@ -19,7 +19,7 @@ RECIPE_KEYS = """
     base revision out preset seed domain
     scale.workers scale.ray
     data.sources data.test_sources data.encoding data.header_line data.sheets data.passage_chars
-    data.prompt data.answer data.system data.messages data.text data.group_id data.task
+    data.prompt data.answer data.system data.history data.messages data.text data.group_id data.task
     data.val data.test data.canaries
     privacy.policy privacy.operators privacy.columns privacy.recognizers privacy.quasi_identifiers privacy.review
     clean.control clean.whitespace clean.width clean.html clean.script clean.mojibake clean.boilerplate
@@ -46,7 +46,7 @@ COMMANDS = {
     "sweep": "recipe --out --set",
     "prepare": "recipe --out --set",
     "inspect": "recipe --records --set",
-    "plan": "recipe --card --memory --set --shape",
+    "plan": "recipe --card --memory --processes --set --shape",
     "train": "recipe --out --set",
     "evaluate": "recipe --out --reference --set",
     "trace": "runs --subject",
@@ -55,7 +55,7 @@ COMMANDS = {
     "export": "run --for --out --storage --to",
     "serve": "runs --host --port --api-key-file --guard --max-batch --max-new-tokens --request-seconds --precision "
     "--device",
-    "compare": "runs --csv",
+    "compare": "runs --csv --language",
     "verify": "run --head",
     "chat": f"run --base --compare --system {DECODING}",
 }

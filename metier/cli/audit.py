@@ -56,7 +56,7 @@ def forget(
             # First the line: what cannot be logged is not done.
             append_audit(
                 run, "forget", subject_hash=subject_hash(subject, key), records=len(found.records),
-                adapter_marked=found.adapter if found.learned else None,
+                adapter_marked=found.adapter if found.models else None,
             )  # fmt: skip
             take_out(subject, run, key)
             audit_artifacts(run)
@@ -66,12 +66,17 @@ def forget(
     typer.echo(f"taken out of {run / 'dataset'}; forgotten.json keeps the rows out from now on")
     if found.in_evidence:
         typer.echo(f"{run / 'evidence'} showed {found.in_evidence} of the records and was removed")
-    if found.learned:
-        typer.echo(f"{run / 'adapter'} learned from them and is marked in revoked.json; do not serve it")
+    for model in found.models:
+        how = "learned" if found.learned else "may have learned"
+        typer.echo(f"{model} {how} from them and is marked in revoked.json; metier no longer serves it")
+    if found.models and (run / "export").exists():
+        typer.echo(f"{run / 'export'} holds copies: delete them, and those that were given away")
     typer.echo(f"retrain with: metier run {run / 'recipe.yaml'} --out {run}")
 
 
 def _print_trace(found: Any) -> None:
+    from metier.artifacts import REVOKED
+
     typer.echo(f"{found.run}: {len(found.records)} records, {len(found.merged)} rows merged into them")
     for row in found.records.iter_rows(named=True):
         made = f", made of {row['parent_id']}" if row["parent_id"] else ""
@@ -80,7 +85,10 @@ def _print_trace(found: Any) -> None:
         )
     for row in found.merged.iter_rows(named=True):
         typer.echo(f"  {row['source_file']}, row {row['source_row']}: merged into {row['record_id']}")
-    if found.learned:
-        typer.echo(f"  adapter {found.adapter[:16]} learned from {found.learned} of them")
-    elif found.adapter:
-        typer.echo(f"  adapter {found.adapter[:16]} learned from none of them")
+    if found.forgotten:
+        typer.echo(f"  {found.forgotten} rows were forgotten on request; forgotten.json keeps them out")
+    if found.adapter:
+        unknown = "was trained on an earlier data set, which may have held them"
+        how = unknown if found.learned is None else f"learned from {found.learned or 'none'} of them"
+        marked = "; it is marked in revoked.json" if (found.run / "adapter" / REVOKED).exists() else ""
+        typer.echo(f"  adapter {found.adapter[:16]} {how}{marked}")

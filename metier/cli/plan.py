@@ -22,6 +22,7 @@ def plan(
     set_: Set = None,
     card: Annotated[str | None, typer.Option(help="Plan for this card, e.g. h100, l4, t4.")] = None,
     memory: Annotated[float | None, typer.Option(help="Plan for a card of this many GiB.")] = None,
+    processes: Annotated[int, typer.Option(min=1, help="Plan for this many processes of torchrun, a card each.")] = 1,
     shape: Annotated[
         str | None, typer.Option(help="The model's shape, e.g. model_type=llama,hidden_size=8192 (else the base's).")
     ] = None,
@@ -50,12 +51,17 @@ def plan(
         name = f"{card or 'a card'} of {memory:g} GiB"
         target = dataclasses.replace(target, memory_bytes=int(memory * GIB), name=name)
     job, records = _job(loaded)
-    found = fit(model, job, target, loaded.train)
+    shared_by = processes if loaded.adapter.bias == "none" else 1
+    found = fit(model, job, target, loaded.train, processes=shared_by)
     _print_job(model, loaded, target, job, records)
     if found.chosen is None:
         raise cannot_fit(found.leanest, target, loaded.train)
-    speed = fit(model, job, measured(target, device), loaded.train) if device else found
-    _print_choice(found, speed, target, loaded, job, records)
+    speed = fit(model, job, measured(target, device), loaded.train, processes=shared_by) if device else found
+    _print_choice(found, target)
+    rates = {_key(way): way.tok_per_sec for way in speed.ways}
+    rate = processes * rates[_key(found.chosen)]
+    typer.echo(f"speed: about {rate:,.0f} tok/s (an estimate){_duration(loaded, job, records, rate)}")
+    _print_ways(found.ways, rates, target)
 
 
 def _shape(text: str | None) -> dict[str, Any]:
@@ -127,32 +133,37 @@ def _print_job(model: Any, recipe: Any, card: Any, job: Any, records: int | None
         )
 
 
-def _print_choice(found: Any, speed: Any, card: Any, recipe: Any, job: Any, records: int | None) -> None:
+def _print_choice(found: Any, card: Any) -> None:
+    from metier.training.cards import GIB
+
+    chosen = found.chosen
+    shared = "" if chosen.shared_by == 1 else f", its layers shared by {chosen.shared_by} processes"
+    how = f"recomputation: {chosen.recompute}, passes of {chosen.micro_batch_tokens} tokens"
+    typer.echo(f"plan: base in {chosen.precision}{shared}, {how}")
+    for part, size in chosen.memory.items():
+        typer.echo(f"  {part:<26}{size / GIB:8.2f} GiB")
+    each = "in all" if chosen.shared_by == 1 else "in all, each process"
+    typer.echo(f"  {each:<26}{chosen.total_bytes / GIB:8.2f} of {card.memory_bytes / GIB:.1f} GiB")
+
+
+def _key(way: Any) -> tuple[Any, ...]:
+    return way.precision, way.shared_by, way.recompute, way.micro_batch_tokens
+
+
+def _print_ways(all_ways: Any, rates: dict[tuple[Any, ...], float], card: Any) -> None:
+    """The fastest way of each kind that fits, or the leanest where none does; memory and speed of one process."""
     from metier.training.cards import GIB
     from metier.training.plan import USED_AT_MOST
 
-    chosen = found.chosen
-    how = f"recomputation: {chosen.recompute}, passes of {chosen.micro_batch_tokens} tokens"
-    typer.echo(f"plan: base in {chosen.precision}, {how}")
-    for part, size in chosen.memory.items():
-        typer.echo(f"  {part:<26}{size / GIB:8.2f} GiB")
-    typer.echo(f"  {'in all':<26}{chosen.total_bytes / GIB:8.2f} of {card.memory_bytes / GIB:.1f} GiB")
-
-    def key(way: Any) -> tuple[Any, ...]:
-        return way.precision, way.recompute, way.micro_batch_tokens
-
-    rates = {key(way): way.tok_per_sec for way in speed.ways}
-    rate = rates[key(chosen)]
-    typer.echo(f"speed: about {rate:,.0f} tok/s (an estimate){_duration(recipe, job, records, rate)}")
     typer.echo("ways: precision      recompute  tokens in a pass     GiB     tok/s")
-    groups = dict.fromkeys((way.precision, way.recompute) for way in found.ways)
-    for group in groups:
-        ways = [way for way in found.ways if (way.precision, way.recompute) == group]
+    for group in dict.fromkeys(_key(way)[:3] for way in all_ways):
+        ways = [way for way in all_ways if _key(way)[:3] == group]
         fitting = [way for way in ways if way.total_bytes <= USED_AT_MOST * card.memory_bytes]
-        way = max(fitting, key=lambda w: rates[key(w)]) if fitting else min(ways, key=lambda w: w.total_bytes)
+        way = max(fitting, key=lambda w: rates[_key(w)]) if fitting else min(ways, key=lambda w: w.total_bytes)
+        kept = way.precision + (f" / {way.shared_by}" if way.shared_by > 1 else "")
         typer.echo(
-            f"      {way.precision:<15}{way.recompute:<11}{way.micro_batch_tokens:>16}"
-            f"{way.total_bytes / GIB:>8.1f}{rates[key(way)]:>10,.0f}{'' if fitting else '  does not fit'}"
+            f"      {kept:<15}{way.recompute:<11}{way.micro_batch_tokens:>16}"
+            f"{way.total_bytes / GIB:>8.1f}{rates[_key(way)]:>10,.0f}{'' if fitting else '  does not fit'}"
         )
 
 

@@ -87,7 +87,7 @@ def inspect(
     from rich.text import Text
 
     from metier.data.prepare import prepare as prepare_stage
-    from metier.data.terms import token_cost
+    from metier.data.terms import chinese_cost, token_cost
     from metier.domains import load_domain
     from metier.model.chat import IGNORE_INDEX, Renderer, eos_token_ids
     from metier.model.load import load_tokenizer
@@ -109,10 +109,15 @@ def inspect(
         console = Console(highlight=False, soft_wrap=True)
         for split in ("train", "val", "test"):
             ids, conversations = read_split(dataset, split)
+            if split == "train" and not loaded.domain:
+                texts = [turn["content"] for turns in conversations[:200] for turn in turns]
+                for line in chinese_cost(texts, renderer.tokenizer.encode):
+                    typer.echo(line)
             rendered, report = render_records(ids, conversations, renderer, loaded.train)
             typer.echo(
                 f"{split}: {report.num_records} records, {report.num_tokens} tokens, {report.num_loss_tokens} of them "
-                f"trained, longest {report.longest}; {len(report.cut_prompts)} prompts cut, "
+                f"trained, longest {report.longest}; {len(report.cut_prompts)} prompts cut "
+                f"({sum(report.cut_prompts.values())} tokens), "
                 f"{len(report.left_out)} left out"
             )
             shown = rendered[:records] if split == "train" else []
@@ -168,7 +173,7 @@ def _print_counts(manifest: dict[str, Any]) -> None:
         + (f"; {counts['synthetic']} synthetic records for training" if counts["synthetic"] else "")
     )
     for reason, number in manifest["rejected_by_reason"].items():
-        typer.echo(f"  rejected {number}: {reason}")
+        typer.echo(f"  rejected {number}: {reason}; such as {', '.join(manifest['rejected_examples'][reason])}")
     for role, found in manifest["roles"].items():
         typer.echo(f"  {role}: {found}")
     for column in manifest["columns"]:
@@ -194,7 +199,8 @@ def _print_leakage(manifest: dict[str, Any]) -> None:
     typer.echo(f"  held-out records with their like in train: {shown}")
     if manifest["label_conflicts"]:
         typer.echo(
-            f"  near-duplicates with different labels: {manifest['label_conflicts']} pairs, in conflicts.parquet"
+            f"  the same or nearly the same text with different labels: {manifest['label_conflicts']} pairs, in "
+            "conflicts.parquet"
         )
     if domain := manifest.get("domain"):
         typer.echo(

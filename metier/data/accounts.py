@@ -10,6 +10,8 @@ from metier.data.lines import Source
 from metier.data.records import Record, Rejection
 from metier.errors import DataError
 
+EXAMPLES = 3
+
 
 @dataclass
 class Accounts:
@@ -54,6 +56,14 @@ class Accounts:
         counted = Counter(item.problem for item in self.rejected)
         return dict(sorted(counted.items(), key=lambda item: (-item[1], item[0])))
 
+    def rejected_examples(self) -> dict[str, list[str]]:
+        """The first rows (file:row) that were rejected for each reason."""
+        places: dict[str, list[str]] = {problem: [] for problem in self.by_reason()}
+        for item in self.rejected:
+            if len(places[item.problem]) < EXAMPLES:
+                places[item.problem].append(f"{item.source.name}:{item.row.number}")
+        return places
+
     def sort(self) -> None:
         """Rejected and merged rows in the order of the files."""
         order = {source: position for position, source in enumerate(self.sources)}
@@ -66,7 +76,10 @@ class Accounts:
             return
         reasons = "; ".join(f"{reason} ({count:,})" for reason, count in list(self.by_reason().items())[:3])
         rows = sum(not item.source.is_test for item in self.rejected)
+        first = next((item for item in self.rejected if not item.source.is_test), None)
         raise DataError(
             f"no record is left to train on: all {rows:,} rows of `data.sources` were rejected: {reasons}",
-            hint="`metier inspect` shows which columns were taken for prompt and answer, and the rejected rows",
+            hint=f"the first is {first.source.name}, {first.reason}; `data.prompt` and `data.answer` name the columns"
+            if first
+            else None,
         )

@@ -23,7 +23,11 @@ def data_card(details: dict[str, Any]) -> str:
         f"| `{s['sha256'][:16]}` |\n"
         for s in details["sources"]
     )
-    reasons = "".join(f"| {_cell(reason)} | {count} |\n" for reason, count in details["rejected_by_reason"].items())
+    examples = details.get("rejected_examples", {})
+    reasons = "".join(
+        f"| {_cell(reason)} | {count} | {_cell(', '.join(examples.get(reason, [])))} |\n"
+        for reason, count in details["rejected_by_reason"].items()
+    )
     split_rows = "".join(f"| {name} | {count} |\n" for name, count in splits.items())
     how = "named in the recipe" if details["roles"]["how"] == "recipe" else "found by the columns' names"
     english = f"""{_front_matter(details)}
@@ -46,8 +50,8 @@ each label has its share of every split as far as the groups allow.
 {_leakage(details["leakage"])}
 ## Copies
 
-{counts["merged"]} rows merged into others (`merged.parquet`), {details["near_duplicate_pairs"]} near-duplicate pairs,
-{details["label_conflicts"]} of them with different labels (`conflicts.parquet`).
+Rows merged into others: {counts["merged"]} (`merged.parquet`). Near-duplicate pairs: {details["near_duplicate_pairs"]}.
+Pairs with the same or nearly the same text and different labels: {details["label_conflicts"]} (`conflicts.parquet`).
 {counts["synthetic"]} synthetic records, all in train, each with the record it was made of{_methods(details)}.
 {_paraphrases(details)}{_weights(details)}{_domain(details)}
 {privacy_section(details["privacy"])}
@@ -64,9 +68,9 @@ each label has its share of every split as far as the groups allow.
 {roles}
 ## Rejected rows
 
-| reason | rows |
-|---|---:|
-{reasons or "| none | 0 |" + chr(10)}
+| reason | rows | such as (file:row) |
+|---|---:|---|
+{reasons or "| none | 0 | |" + chr(10)}
 Each one is in `rejected.parquet` with its file, row and byte offset.
 
 ## What was changed
@@ -82,15 +86,20 @@ def _chinese(details: dict[str, Any]) -> str:
     """What the card says, for those who read Chinese."""
     counts, splits, languages = details["counts"], details["splits"], details["languages"]
     shared, by_row = details["leakage"]["shared_with_train"], details["leakage"]["if_split_by_row"]
+    is_searched = details["leakage"]["near_duplicates_searched"]
+    near = f",近似重复 {shared['near_duplicate']} 条" if is_searched else ""
+    near_by_row = f"、{by_row['near_duplicate']}" if is_searched else ""
     return f"""## 中文说明
 
 源数据共 {counts["rows"]} 行:保留 {counts["kept"]} 条记录,合并重复 {counts["merged"]} 行,拒绝 {counts["rejected"]} 行。
 拒绝的原因见上表,逐行见 `rejected.parquet`。
 训练集 {splits["train"]} 条,验证集 {splits["val"]} 条,测试集 {splits["test"]} 条。
-同一组不会跨越划分:group_id 相同、首个提示相同或近似重复的记录同属一组。
+同一组不会跨越划分:group_id 相同{"、首个提示相同或近似重复" if is_searched else "或首个提示相同"}的记录同属一组\
+{"" if is_searched else "(未查找近似重复)"}。
+文本相同或近似而标签不同的记录 {details["label_conflicts"]} 对,见 `conflicts.parquet`。
 与训练集重合的验证、测试记录:\
-提示相同 {shared["prompt"]} 条,同组 {shared["group_id"]} 条,近似重复 {shared["near_duplicate"]} 条;
-若按行随机划分,则分别为 {by_row["prompt"]}、{by_row["group_id"]}、{by_row["near_duplicate"]} 条。
+提示相同 {shared["prompt"]} 条,同组 {shared["group_id"]} 条{near};
+若按行随机划分,则分别为 {by_row["prompt"]}、{by_row["group_id"]}{near_by_row} 条。
 合成记录 {counts["synthetic"]} 条,全部在训练集中,并注明来源记录。
 语言:中文 {languages["zh"]} 条,英文 {languages["en"]} 条,其他 {languages["other"]} 条。
 {privacy_section_zh(details["privacy"])}

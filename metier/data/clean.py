@@ -7,14 +7,13 @@ off, or that keeps what it finds, is counted all the same where the count is a w
 
 from __future__ import annotations
 
-import re
 from collections import Counter, defaultdict
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from typing import Any
 
 from metier.data.normalize import apply_edits, find_edits, holds_html, is_mojibake
-from metier.data.records import Message, Record, Rejected, Rejection, language_of
+from metier.data.records import Message, Record, Rejected, Rejection, language_of, same_input
 from metier.errors import DataError
 from metier.recipe import CleanConfig
 
@@ -25,7 +24,6 @@ BOILERPLATE_CHARS = 15
 # In the order of the card: what changes text, what is found, what leaves records out.
 RULES = ("control", "whitespace", "width", "html", "script", "boilerplate", "mojibake", "contradictions")
 LEFT_OUT_BY = ("min_chars", "max_chars", "languages")
-_SPACES = re.compile(r"\s+")
 
 
 @dataclass
@@ -110,7 +108,7 @@ def contradictions(records: list[Record], policy: str, cleaned: Cleaned) -> list
     """
     groups: dict[tuple[str, ...], list[Record]] = defaultdict(list)
     for record in records:
-        groups[tuple(_SPACES.sub(" ", m["content"]).casefold() for m in record.messages[:-1])].append(record)
+        groups[same_input(record)].append(record)
     out: list[Record] = []
     for group in groups.values():
         labels = Counter(record.answer for record in group)

@@ -36,6 +36,8 @@ PLAUSIBLE_SHORT = -11.0  # of fewer than 12 characters
 UTF8_PER_CHARACTER = 2.0
 UNDECODABLE = -30.0
 LEAST_CHARACTERS = 3
+LEAST_WESTERN = 20  # letters in different words
+CHINESE = ("gb18030", "cp950", "big5hkscs")
 
 # By falling frequency in general text, with the words of tables and of the three domains behind them.
 _HAN = (
@@ -155,7 +157,9 @@ def _choose(scores: dict[str, float], texts: dict[str, str], path: Path) -> Enco
             f"`{path}`: its encoding is none of UTF-8, UTF-16, GB18030, Big5 and cp1252, or it is no text",
             hint="name it in the recipe, such as `data: {encoding: shift_jis}`, or export the file as UTF-8",
         )
-    if rival and (scores[best] - scores[rival] < MARGIN or _is_too_little(texts[best], texts[rival], {best, rival})):
+    if rival is None or scores[best] - scores[rival] >= MARGIN:
+        rival = _unrefuted(best, texts)
+    if rival:
         names = [Encoding(codec, "likely").label.split(" ")[0] for codec in (best, rival)]
         raise DataError(
             f"`{path}` may be {names[0]} or {names[1]}: it is too short to tell",
@@ -164,10 +168,20 @@ def _choose(scores: dict[str, float], texts: dict[str, str], path: Path) -> Enco
     return Encoding(best, "likely")
 
 
-def _is_too_little(best: str, rival: str, codecs: set[str]) -> bool:
-    """One or two Chinese characters, however often they stand there, do not tell GB18030 from Big5."""
-    few = len(set(_ABOVE_ASCII.findall(best))) < LEAST_CHARACTERS
-    return few and codecs <= {"gb18030", "cp950", "big5hkscs"} and not _UNDECODABLE.search(rival)
+def _unrefuted(best: str, texts: dict[str, str]) -> str | None:
+    """A Chinese reading of one or two characters above ASCII, however often they stand there, or None.
+
+    In Chinese they tell nothing. A letter of the West tells something where the words beside it are some.
+    """
+    found = set(_ABOVE_ASCII.findall(texts[best]))
+    words = "".join(set(re.findall("[a-z]+", texts[best].lower())))
+    # Three bytes or four that fit together by accident are rare.
+    is_known = all(_log_probability(c) >= -9.0 or (best == "utf-8" and ord(c) > 0x7FF) for c in found)
+    says_much = is_known and (best == "utf-8" or (best == "cp1252" and len(words) >= LEAST_WESTERN))
+    if len(found) >= LEAST_CHARACTERS or says_much:
+        return None
+    whole = [codec for codec in CHINESE if codec in texts and not _UNDECODABLE.search(texts[codec])]
+    return next((codec for codec in whole if texts[codec] != texts[best]), None)
 
 
 def _decode(raw: bytes, codec: str) -> str:
@@ -241,7 +255,8 @@ def _ranks() -> dict[str, int]:
 def _is_plausible(text: str, codec: str) -> bool:
     characters = Counter(_ABOVE_ASCII.findall(text))
     total = sum(characters.values())
-    if codec == "utf-8" and sum(n * len(c.encode(errors="replace")) for c, n in characters.items()) >= 6:
+    sizes = {c: len(c.encode(errors="replace")) for c in characters}
+    if codec == "utf-8" and (sum(n * sizes[c] for c, n in characters.items()) >= 6 or 4 in sizes.values()):
         # Any script may be written in Unicode; what must not be there is a wealth of unassigned characters.
         wrong = sum(n for c, n in characters.items() if _log_probability(c) <= -28.0)
         return wrong < 0.3 * total

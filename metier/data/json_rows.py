@@ -89,6 +89,10 @@ def _forgive(text: str) -> str:
     return _TRAILING_COMMA.sub(blank, _COMMENT.sub(blank, text))
 
 
+def _said(error: json.JSONDecodeError) -> str:
+    return error.msg.removesuffix(" starting at")
+
+
 def _problem_in(value: Any) -> str | None:
     waiting = [value]
     while waiting:
@@ -155,7 +159,7 @@ def _read_lines(source: Source) -> Iterator[Row]:
         try:
             value = parse_json(text.rstrip("\r\n"))
         except json.JSONDecodeError as error:
-            yield Row(number, offset, f"{place}, column {error.colno}", problem=f"not valid JSON: {error.msg}")
+            yield Row(number, offset, f"{place}, column {error.colno}", problem=f"not valid JSON: {_said(error)}")
         except ValueError as error:
             yield Row(number, offset, place, problem=f"not valid JSON: {error}")
         else:
@@ -300,7 +304,7 @@ class _Text:
             except json.JSONDecodeError as error:
                 size = len(self._text) - self.at
                 if self._is_whole or (size > MAX_RECORD_BYTES and depth == 1):
-                    raise self.error(error.msg, error.pos) from None
+                    raise self.error(_said(error), error.pos) from None
                 self._more(size)
                 continue
             # A number or word may go on in the next block.

@@ -23,14 +23,14 @@ import numpy as np
 from metier.data.accounts import Accounts
 from metier.data.dedup import Comparison, Pair, find_pairs, without
 from metier.data.lines import Source
+from metier.data.partitions import PART, parts
 from metier.data.records import Record
-from metier.data.shingles import Hashes, Template, among, batches, distinct, normalise, window_hashes
+from metier.data.shingles import Known, Template, batches, distinct, normalise, window_hashes
 from metier.data.sources import read_rows
 from metier.recipe import DedupConfig
 
 PASSAGE_HAN, PASSAGE_OTHER = 13, 50
 RANK = {"train": 0, "val": 1, "test": 2}
-_SLOTS = 2**24
 
 
 def certify(
@@ -114,18 +114,14 @@ class Passages:
     def __init__(self, texts: Sequence[str], template: Template | None = None) -> None:
         self._template = template or Template(texts)
         found = [window_hashes(self._template.own(batch), PASSAGE_HAN, PASSAGE_OTHER)[0] for _, batch in batches(texts)]
-        self._hashes: Hashes = distinct(np.concatenate(found)) if found else np.empty(0, np.uint64)
-        self._slots = np.zeros(_SLOTS, dtype=np.bool_)
-        self._slots[(self._hashes & np.uint64(_SLOTS - 1)).astype(np.int64)] = True
+        self._known = Known(distinct(np.concatenate(found)) if found else np.empty(0, np.uint64))
 
     def shared(self, texts: Sequence[str]) -> np.ndarray[Any, np.dtype[np.bool_]]:
         """[n]: which of `texts` hold one of the passages."""
         holds = np.zeros(len(texts), dtype=np.bool_)
         for first, batch in batches(texts):
             hashes, text, _ = window_hashes(batch, PASSAGE_HAN, PASSAGE_OTHER)
-            hits = np.flatnonzero(self._slots[(hashes & np.uint64(_SLOTS - 1)).astype(np.int64)])
-            hits = hits[among(hashes[hits], self._hashes)]
-            holds[first + text[hits]] = True
+            holds[first + text[self._known.places(hashes)]] = True
         return holds
 
 
@@ -187,15 +183,22 @@ def row_split(records: list[Record], splits: Sequence[str], seed: int) -> list[s
 def shared_passages(records: list[Record], splits: Sequence[str], comparison: Comparison) -> int:
     """How many test records share a passage with a training record."""
     texts = comparison.texts(records)
-    test = [text for text, split in zip(texts, splits, strict=True) if split == "test"]
-    train = list(dict.fromkeys(text for text, split in zip(texts, splits, strict=True) if split == "train"))
+    # Sorted, because batches of one language take less time.
+    test = sorted(text for text, split in zip(texts, splits, strict=True) if split == "test")
+    train = sorted({text for text, split in zip(texts, splits, strict=True) if split == "train"})
     if not test or not train:
         return 0
-    template = comparison.template
-    candidates = [
-        text for text, is_shared in zip(train, Passages(test, template).shared(train), strict=True) if is_shared
-    ]
-    return int(Passages(candidates, template).shared(test).sum()) if candidates else 0
+    # Few large parts: each looks the passages of all test records up.
+    size = max(PART, -(-len(train) // comparison.workers.number))
+    shared = comparison.workers.map(sharing_part, parts(train, size), test, comparison.template)
+    candidates = [text for part in shared for text in part]
+    return int(Passages(candidates, comparison.template).shared(test).sum()) if candidates else 0
+
+
+def sharing_part(train: Sequence[str], test: Sequence[str], template: Template) -> list[str]:
+    """Those of `train` that hold a passage of `test`."""
+    shared = Passages(test, template).shared(train)
+    return [text for text, is_shared in zip(train, shared, strict=True) if is_shared]
 
 
 def _keys(record: Record) -> list[tuple[str, str]]:

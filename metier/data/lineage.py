@@ -4,12 +4,15 @@ A subject is named by a value (a patient's number, a name), by its keyed hash (k
 `file:row`. A record is the subject's when its group_id is the value or has its hash, when its text holds the value as
 a word, when a row of the subject's was merged into it, or when it was made of such a record. An adapter learned from
 a record when it was trained on a data set whose train split holds it; by val it was chosen, by test it was judged.
+`forget` makes the data set anew and keeps the digests that it had: what was trained on it before is still known.
 
 `forgotten.json` in the run's folder lists the rows that must not come back: `prepare` rejects them from then on. It
-holds places and keyed hashes, no identifiers. `revoked.json` in the adapter's folder says that it learned from them.
+holds places and keyed hashes, no identifiers. `revoked.json` in the folder of an adapter (or of `full`, all weights)
+says that it learned from them, or may have: where it was trained on a data set that is no longer there.
 
-Limits: what an adapter was merged into, quantised or copied to is not known here. A value that de-identification
-removed is found where the data set has a subjects.parquet (record_id, subject_hash).
+Limits: rows that were rejected are not known by person, and may come back where the recipe changes; what an adapter
+was merged into, quantised or copied to is not known here. A value that de-identification removed is found where the
+data set has a subjects.parquet (record_id, subject_hash).
 """
 
 from __future__ import annotations
@@ -28,6 +31,7 @@ from typing import Any
 import polars
 
 from metier import artifacts
+from metier.data.accounts import EXAMPLES
 from metier.data.card import data_card
 from metier.data.croissant import croissant
 from metier.data.tables import parquet_bytes
@@ -35,6 +39,7 @@ from metier.errors import DataError, RunError
 from metier.keys import keyed_hash
 
 FORGOTTEN = "forgotten.json"
+MODELS = ("adapter", "full")  # what a run trains on its data set
 REASON = "forgotten on request"
 ROW = ("source_file", "source_row")
 _HASH = re.compile(r"[0-9a-f]{32}")
@@ -49,16 +54,19 @@ class Trace:
     """What of a subject is in one run.
 
     records: the columns record_id, split, source_file, source_row, parent_id and why, of records.parquet.
-    merged: those of merged.parquet, of rows that went into records. adapter: the digest of the run's adapter, when it
-    was trained on this data set; `learned` then counts the records that it was trained on.
+    merged: those of merged.parquet, of rows that went into records. adapter: the digest of the run's adapter, `learned`
+    the number of the records that it was trained on; None where it was trained on another data set. forgotten: how many
+    rows were forgotten earlier. models: the folders of what learned from the records, or may have.
     """
 
     run: Path
     records: polars.DataFrame
     merged: polars.DataFrame
     adapter: str | None
-    learned: int
+    learned: int | None
     in_evidence: int
+    forgotten: int
+    models: list[Path]
 
 
 def subject_hash(subject: str, key: bytes) -> str:
@@ -87,17 +95,30 @@ def trace(subject: str, run: Path, key: bytes) -> Trace:
     )  # fmt: skip
     merged = merged.filter(polars.col("record_id").is_in(found["record_id"].to_list()))
     adapter = artifacts.read_manifest(run / "adapter")
-    is_of = adapter is not None and adapter.get("parents", {}).get("dataset") == manifest["digest"]
+    num_train = int((found["split"] == "train").sum())
+    learned = {model: _learned(run / model, manifest, num_train) for model in MODELS}
+    hashed = subject_hash(subject, key)
     items = run / "evidence" / "items.parquet"
     judged = polars.read_parquet(items, columns=["record_id"])["record_id"].to_list() if items.exists() else []
     return Trace(
         run=run,
         records=found,
         merged=merged,
-        adapter=adapter["digest"] if adapter is not None and is_of else None,
-        learned=int((found["split"] == "train").sum()) if is_of else 0,
+        adapter=adapter["digest"] if adapter is not None else None,
+        learned=learned["adapter"],
         in_evidence=len(set(judged) & set(found["record_id"].to_list())),
+        forgotten=sum(row["subject_hash"] == hashed for row in _forgotten_rows(run)),
+        models=[run / model for model, count in learned.items() if len(found) and count != 0],
     )
+
+
+def _learned(model: Path, dataset: dict[str, Any], num_train: int) -> int | None:
+    """How many of the records the model was trained on; None where it was trained on a data set that is not there."""
+    manifest = artifacts.read_manifest(model)
+    if manifest is None:
+        return 0
+    is_known = manifest.get("parents", {}).get("dataset") in (dataset["digest"], *dataset.get("was", []))
+    return num_train if is_known else None
 
 
 def forget(subject: str, run: Path, key: bytes) -> Trace:
@@ -114,8 +135,7 @@ def forget(subject: str, run: Path, key: bytes) -> Trace:
     hashed = subject_hash(subject, key)
     now = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
     rows = polars.concat([found.records.select(ROW), found.merged.select(ROW)]).unique().sort(ROW)
-    path = run / FORGOTTEN
-    earlier = json.loads(path.read_text(encoding="utf-8"))["rows"] if path.exists() else []
+    path, earlier = run / FORGOTTEN, _forgotten_rows(run)
     known = {(row["source_file"], row["source_row"]) for row in earlier}  # by an attempt that was killed
     new = [
         {**row, "sha256": digests[row["source_file"]], "subject_hash": hashed, "time": now}
@@ -123,26 +143,34 @@ def forget(subject: str, run: Path, key: bytes) -> Trace:
         if row["source_file"] in digests and (row["source_file"], row["source_row"]) not in known
     ]
     artifacts.write_json(path, {"rows": [*earlier, *new]})
-    if found.learned:
+    for model in found.models:
         mark = {"time": now, "subject_hash": hashed, "records": found.learned, "dataset": manifest["digest"]}
-        marks = run / "adapter" / artifacts.REVOKED
+        marks = model / artifacts.REVOKED
         before = json.loads(marks.read_text(encoding="utf-8")) if marks.exists() else []
         artifacts.write_json(marks, [*before, mark])
     if found.in_evidence:
         shutil.rmtree(run / "evidence")
-        (run / "report.html").unlink(missing_ok=True)
+        for page in artifacts.PAGES:
+            (run / page).unlink(missing_ok=True)
     _write_without(run, manifest, found)
     return found
 
 
 def read_forgotten(out: Path) -> list[dict[str, Any]]:
     """The rows that must not come back: source_file, source_row, sha256 of the file. `out` is the data set's folder."""
-    path = out.parent / FORGOTTEN
+    return [
+        {name: row[name] for name in ("source_file", "source_row", "sha256")} for row in _forgotten_rows(out.parent)
+    ]
+
+
+def _forgotten_rows(run: Path) -> list[dict[str, Any]]:
+    path = run / FORGOTTEN
     if not path.exists():
         return []
+    names = ("source_file", "source_row", "sha256", "subject_hash", "time")
     try:
         rows = json.loads(path.read_text(encoding="utf-8"))["rows"]
-        return [{name: row[name] for name in ("source_file", "source_row", "sha256")} for row in rows]
+        return [{name: row[name] for name in names} for row in rows]
     except (ValueError, KeyError, TypeError):
         raise RunError(
             f"`{path}` is damaged: which rows must not come back cannot be told", hint="restore it from a copy"
@@ -180,6 +208,7 @@ def _write_without(run: Path, manifest: dict[str, Any], found: Trace) -> None:
     tables["conflicts"] = conflicts.filter(~is_gone)
     details = {name: value for name, value in manifest.items() if name not in _CORE}
     _count_again(details, tables, own, found.merged)
+    details["was"] = [*manifest.get("was", []), manifest["digest"]]
     work = artifacts.work_folder(folder, artifacts.digest_json(["forgotten", manifest["digest"], sorted(gone)]))
     tables |= {path.stem: _rest(path, gone) for path in folder.glob("*.parquet") if path.stem not in tables}
     for name, table in tables.items():
@@ -220,6 +249,8 @@ def _count_again(
     counts["synthetic"] = int(records["parent_id"].is_not_null().sum())
     reasons = details["rejected_by_reason"]
     details["rejected_by_reason"] = {**reasons, REASON: reasons.get(REASON, 0) + len(own) + len(merged)}
+    first = [f"{file}:{row}" for file, row in polars.concat([own, merged.select(ROW)]).head(EXAMPLES).rows()]
+    details["rejected_examples"] = {REASON: first} | details["rejected_examples"]
     details["splits"] = {name: int((records["split"] == name).sum()) for name in details["splits"]}
     details["languages"] = {name: int((records["language"] == name).sum()) for name in details["languages"]}
     details["label_conflicts"] = len(tables["conflicts"])

@@ -23,6 +23,8 @@ DATES = ("date", "time", "timestamp", "created_at", "日期", "时间", "就诊�
 LANGUAGES = ("language", "lang", "语言")
 IDS = ("id", "index", "idx", "uid", "uuid", "编号", "序号")
 _DATE = re.compile(r"(19|20)\d\d([-/.年]\d{1,2}([-/.月]\d{1,2}日?)?|\d{4})([ T]\d{1,2}:\d\d.*)?$")
+_ID = re.compile(r"[^\s\u3400-\u9fff]*\d[^\s\u3400-\u9fff]*$")
+_HAN = re.compile(r"[\u3400-\u9fff]")
 _LANGUAGE = re.compile(r"(zh|en|ja|ko|fr|de|es)([-_]\w+)?$|chinese$|english$|中文$|英文$|汉语$|英语$", re.IGNORECASE)
 
 
@@ -53,6 +55,23 @@ def propose(source: Source, roles: Roles) -> list[dict[str, Any]]:
     return found
 
 
+def suggest(source: Source) -> str | None:
+    """What may be the prompt and what the answer, by a look at the values; None where nothing looks like it."""
+    found = propose(source, Roles())
+    best: dict[str, dict[str, Any]] = {}
+    for role, kinds in (("prompt", ("prompt", "text")), ("answer", ("answer", "label"))):
+        fitting = [proposal for proposal in found if proposal["role"] in kinds]
+        if not fitting:
+            return None
+        best[role] = max(fitting, key=lambda proposal: proposal["confidence"])
+    prompt, answer = best["prompt"], best["answer"]
+    return (
+        f"it may be `data: {{prompt: {prompt['column']}, answer: {answer['column']}}}` (confidence "
+        f"{prompt['confidence']} by {prompt['by']}, {answer['confidence']} by {answer['by']}): write in the recipe "
+        "what it is; `messages:` is for conversations, `text:` for plain text"
+    )
+
+
 def _by_name(name: str) -> Proposal | None:
     folded = name.casefold()
     known = {
@@ -77,10 +96,14 @@ def _by_values(name: str, values: list[Any]) -> Proposal | None:
         return Proposal(name, "date", 0.7, "values")
     if all(map(_LANGUAGE.match, texts)):
         return Proposal(name, "language", 0.7, "values")
-    if len(texts) >= 10 and distinct == len(texts) and length <= 40 and not any(" " in text for text in texts):
+    if len(texts) >= 10 and distinct == len(texts) and length <= 40 and all(map(_ID.match, texts)):
         return Proposal(name, "id", BY_VALUES, "values")
     if len(texts) >= 10 and distinct <= max(2, len(texts) // 5) and length <= 40:
         return Proposal(name, "label", BY_VALUES, "values")
-    if length >= 20 and distinct > len(texts) // 2:
+    # A Chinese character says as much as a short word.
+    if (
+        max(length, 2.5 * sum(len(_HAN.findall(text)) for text in texts) / len(texts)) >= 20
+        and distinct > len(texts) // 2
+    ):
         return Proposal(name, "prompt", 0.5, "values")
     return None

@@ -17,8 +17,9 @@ from metier.data.deidentify.records import Privacy
 from metier.data.lineage import REASON as FORGOTTEN
 from metier.data.lines import Row, Source
 from metier.data.partitions import PART, Workers
+from metier.data.proposals import suggest
 from metier.data.records import Record, Rejected, Rejection, build_record
-from metier.data.roles import Roles, find_roles
+from metier.data.roles import Roles, UnclearRoles, find_roles
 from metier.data.sources import find_sources, read_columns, read_rows
 from metier.errors import DataError
 from metier.recipe import CleanConfig, DataConfig, Recipe
@@ -47,6 +48,9 @@ class Part:
     roles: Roles
     method: str | None
     rows: list[Row]
+
+    def __len__(self) -> int:
+        return len(self.rows)
 
 
 def find_files(recipe: Recipe) -> Files:
@@ -132,7 +136,12 @@ def _counted(accounts: Accounts, source: Source, progress: Callable[[str], None]
 
 
 def _roles(config: DataConfig, columns: dict[Source, list[str]]) -> dict[Source, Roles]:
-    roles = {source: find_roles(config, names, source.path) for source, names in columns.items()}
+    roles = {}
+    for source, names in columns.items():
+        try:
+            roles[source] = find_roles(config, names, source.path)
+        except UnclearRoles as error:
+            raise DataError(error.message, hint=suggest(source) or error.hint) from None
     first = next(iter(roles))
     for source, found in roles.items():
         if found.required != roles[first].required:

@@ -26,6 +26,7 @@ SPEAKERS = {
     "gpt": "assistant",
 }
 TOOLS = ("tool", "function", "function_call", "observation")
+NO_HISTORY = "; `data.history: none` leaves the column out"
 _HAN = re.compile(r"[\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\U00020000-\U0003ffff]+")
 _LATIN = re.compile(r"[A-Za-z\u00c0-\u024f]+")
 _LETTERS = re.compile(r"[^\W\d_]+")
@@ -52,6 +53,11 @@ class Record:
     method: str | None = None
     number: int = 0
 
+    def __reduce__(self) -> tuple[type[Record], tuple[Any, ...]]:
+        """For another process, as in `Row`."""
+        own = (self.source, self.row, self.messages, self.group_id, self.prompt, self.parent, self.method, self.number)
+        return Record, own
+
     @property
     def group(self) -> str:
         return self.prompt if self.group_id is None else self.group_id
@@ -59,6 +65,11 @@ class Record:
     @property
     def answer(self) -> str:
         return self.messages[-1]["content"]
+
+
+def same_input(record: Record) -> tuple[str, ...]:
+    """What is equal for records that ask the same, whatever the answer: case and white space do not count."""
+    return tuple(" ".join(message["content"].casefold().split()) for message in record.messages[:-1])
 
 
 @dataclass(frozen=True, slots=True)
@@ -114,11 +125,11 @@ def _history(value: Any) -> list[Message]:
         try:
             value = parse_json(value)
         except ValueError:
-            raise Rejected("history is not valid JSON") from None
+            raise Rejected(f"history is not valid JSON{NO_HISTORY}") from None
     if _is_empty(value):
         return []
     if not isinstance(value, list) or not all(isinstance(turn, list) and len(turn) == 2 for turn in value):
-        raise Rejected("history is not a list of [question, answer] pairs")
+        raise Rejected(f"history is not a list of [question, answer] pairs{NO_HISTORY}")
     return [
         {"role": role, "content": text_of(said, "history").strip()}
         for turn in value

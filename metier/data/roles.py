@@ -66,6 +66,10 @@ BOOKKEEPING = (
 )
 
 
+class UnclearRoles(DataError):
+    """The columns fit no known shape, and the recipe does not say what they are."""
+
+
 @dataclass(frozen=True)
 class Template:
     """Text with columns in it: (literal, column) pairs, the column None after the last literal.
@@ -131,7 +135,8 @@ class Roles:
 def find_roles(config: DataConfig, columns: list[str], path: Path) -> Roles:
     """The roles of one file's columns. `path` stands in errors.
 
-    Raises `DataError` for a column that the file lacks, a broken template, or columns that fit no known shape.
+    Raises `DataError` for a column that the file lacks or a broken template, `UnclearRoles` for columns that fit no
+    known shape.
     """
     folded = {name.casefold(): name for name in reversed(columns)}
     group_id = None
@@ -141,25 +146,35 @@ def find_roles(config: DataConfig, columns: list[str], path: Path) -> Roles:
         group_id = _column(config.group_id, "group_id", columns, path)
     known = {k: name for k, name in folded.items() if name != group_id}
     main = _named_roles(config, columns, known, path) or _found_roles(columns, known, path)
-    if main.text and config.system is not None:
+    if main.text and config.system not in (None, "none"):
         raise DataError("`data.system` needs prompts and answers; the records here are plain text")
     system, system_text = config.system, None
     if config.system is None:
         system = None if main.text else _first(SYSTEMS, known)
         system = None if system in _used(main) else system
     elif config.system not in columns:
-        system, system_text = None, config.system
-    history = _first(HISTORIES, known) if main.prompt else None
+        system, system_text = None, None if config.system == "none" else config.system
     return replace(
         main, system=system, system_text=system_text, group_id=group_id,
-        history=None if history in _used(main) else history,
+        history=_history_column(config.history, main, known, columns, path),
         is_group_found=group_id is not None and config.group_id is None,
     )  # fmt: skip
 
 
+def _history_column(
+    named: str | None, main: Roles, known: dict[str, str], columns: list[str], path: Path
+) -> str | None:
+    if named not in (None, "none") and not main.prompt:
+        raise DataError("`data.history` needs prompts and answers", hint="a column of messages holds all turns itself")
+    if named and (named != "none" or "none" in columns):
+        return _column(named, "history", columns, path)
+    found = None if named or not main.prompt else _first(HISTORIES, known)
+    return None if found in _used(main) else found
+
+
 def _named(config: DataConfig, columns: list[str]) -> set[str]:
     """The columns that the recipe uses for something else than the group."""
-    named = [config.prompt, config.answer, config.messages, config.text, config.system]
+    named = [config.prompt, config.answer, config.messages, config.text, config.system, config.history]
     return {name for name in columns for value in named if value and (value == name or f"{{{name}}}" in value)}
 
 
@@ -270,9 +285,9 @@ def _first(names: tuple[str, ...], known: dict[str, str]) -> str | None:
     return next((known[name] for name in names if name in known), None)
 
 
-def _unclear(question: str, columns: list[str], path: Path) -> DataError:
+def _unclear(question: str, columns: list[str], path: Path) -> UnclearRoles:
     first, last = (_short(columns[0]), _short(columns[-1])) if columns else ("question", "answer")
-    return DataError(
+    return UnclearRoles(
         f"`{path}`: it is not clear {question}; its columns are: {_listed(columns)}",
         hint=f"name them in the recipe: `data: {{prompt: {first}, answer: {last}}}`, or `messages:` for "
         "conversations, or `text:` for plain text",

@@ -40,7 +40,8 @@ TEMPLATE_SHARE = 0.001
 LONG_HAN, LONG_OTHER = 60, 200
 OWN_SHARE = 0.1
 _BASE = 0x9E3779B97F4A7C15
-_SLOTS = 2**20
+# A set of hashes is asked through a table of at least so many bits for each, of 2^17 to 2^25 bytes.
+BITS_EACH = 16
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,16 +109,37 @@ def without(batch: Batch, is_template: NDArray[np.bool_]) -> Batch:
 
 def shingle_hashes(batch: Batch) -> tuple[Hashes, Ints]:
     """(hashes, text): a 64-bit hash of every shingle, and the text it belongs to, in order."""
-    return _windows(batch, K_HAN, K_OTHER)
+    hashes, text, _ = _windows(batch, K_HAN, K_OTHER)
+    return hashes, text
 
 
 def window_hashes(batch: Batch, han: int = WINDOW_HAN, other: int = WINDOW_OTHER) -> tuple[Hashes, Ints, Ints]:
     """(hashes, text, position): as `shingle_hashes`, of longer windows, with each one's place in `batch.codes`."""
-    hashes, text = _windows(batch, han, other)
-    length = np.where(batch.is_han, han, other)
-    counts = np.maximum(np.diff(batch.starts) - length + 1, 0)
-    first = np.cumsum(counts) - counts
-    return hashes, text, np.arange(len(hashes)) - np.repeat(first, counts) + batch.starts[text]
+    return _windows(batch, han, other)
+
+
+class Known:
+    """A set of hashes, sorted, to look others up in: most of those that are not in it fail at a table of bits."""
+
+    def __init__(self, hashes: Hashes) -> None:
+        self._hashes = hashes
+        bits = min(28, max(20, int(BITS_EACH * len(hashes)).bit_length()))
+        self._bits = np.zeros(2 ** (bits - 3), dtype=np.uint8)
+        byte, bit = self._slot(hashes)
+        np.bitwise_or.at(self._bits, byte, np.left_shift(np.uint8(1), bit))
+
+    def __len__(self) -> int:
+        return len(self._hashes)
+
+    def places(self, hashes: Hashes) -> Ints:
+        """Where in `hashes` those stand that are in the set, in order."""
+        byte, bit = self._slot(hashes)
+        hits = np.flatnonzero((self._bits[byte] >> bit) & np.uint8(1))
+        return hits[among(hashes[hits], self._hashes)]
+
+    def _slot(self, hashes: Hashes) -> tuple[Ints, NDArray[np.uint8]]:
+        byte = (hashes >> np.uint64(3)) & np.uint64(len(self._bits) - 1)
+        return byte.astype(np.int64), (hashes & np.uint64(7)).astype(np.uint8)
 
 
 class Template:
@@ -139,24 +161,21 @@ class Template:
         hashes, text = hashes[order], text[order]
         is_new = np.ones(len(hashes), dtype=np.bool_)
         is_new[1:] = (hashes[1:] != hashes[:-1]) | (text[1:] != text[:-1])
-        self.hashes: Hashes = _frequent(hashes[is_new], needed)
-        self._slots = np.zeros(_SLOTS, dtype=np.bool_)
-        self._slots[_slot(self.hashes)] = True
+        self.known = Known(_frequent(hashes[is_new], needed))
 
     def mark(self, batch: Batch) -> NDArray[np.bool_]:
         """Which code points stand in a shared window."""
         edges = np.zeros(len(batch.codes) + 1, dtype=np.int32)
-        if len(self.hashes):
+        if len(self.known):
             hashes, text, position = window_hashes(batch)
-            hits = np.flatnonzero(self._slots[_slot(hashes)])
-            hits = hits[among(hashes[hits], self.hashes)]
+            hits = self.known.places(hashes)
             np.add.at(edges, position[hits], 1)
             np.add.at(edges, position[hits] + np.where(batch.is_han[text[hits]], WINDOW_HAN, WINDOW_OTHER), -1)
         return np.cumsum(edges[:-1]) > 0
 
     def own(self, batch: Batch) -> Batch:
         """What is each text's own."""
-        return without(batch, self.mark(batch)) if len(self.hashes) else batch
+        return without(batch, self.mark(batch)) if len(self.known) else batch
 
 
 def _is_han(codes: Codes) -> NDArray[np.bool_]:
@@ -201,29 +220,29 @@ def _frequent(hashes: Hashes, times: int) -> Hashes:
     return ordered[starts[counts >= times]]
 
 
-def _slot(hashes: Hashes) -> Ints:
-    return (hashes & np.uint64(_SLOTS - 1)).astype(np.int64)
-
-
-def _windows(batch: Batch, han: int, other: int) -> tuple[Hashes, Ints]:
-    """Hashes of all windows, `han` or `other` code points long as the text is."""
-    is_han = batch.is_han
+def _windows(batch: Batch, han: int, other: int) -> tuple[Hashes, Ints, Ints]:
+    """(hashes, text, position) of all windows, `han` or `other` code points long as the text is."""
+    is_han, codes = batch.is_han, batch.codes.astype(np.uint64)
     lengths = np.diff(batch.starts)
-    size = np.where(is_han, han, other)
-    counts = np.maximum(lengths - size + 1, 0)
+    counts = np.maximum(lengths - np.where(is_han, han, other) + 1, 0)
     if not counts.sum():
-        return np.empty(0, np.uint64), np.empty(0, np.int64)
-    text = np.repeat(np.arange(len(batch)), counts)
-    within = np.arange(len(text)) - np.repeat(np.cumsum(counts) - counts, counts)
-    position = within + batch.starts[text]
-    codes = batch.codes.astype(np.uint64)
+        return np.empty(0, np.uint64), np.empty(0, np.int64), np.empty(0, np.int64)
+    begins = np.ones(len(codes), dtype=np.bool_)
+    for size, some in ((han, is_han), (other, ~is_han)):
+        # No window of this text begins at its last places.
+        late = batch.starts[1:][some, None] - np.arange(1, size)
+        begins[np.maximum(late, batch.starts[:-1][some, None])[lengths[some] > 0]] = False
+    position = np.flatnonzero(begins)
     if is_han.all():
-        return mixed(_rolling(codes, han)[position]), text
-    hashes = _rolling(codes, other)[np.minimum(position, max(0, len(codes) - other))]
-    if is_han.any():
-        chosen = is_han[text]
+        hashes = _rolling(codes, han)[position]
+    elif not is_han.any():
+        hashes = _rolling(codes, other)[position]
+    else:
+        chosen = np.repeat(is_han, counts)
+        hashes = np.empty(len(position), np.uint64)
         hashes[chosen] = _rolling(codes, han)[position[chosen]]
-    return mixed(hashes), text
+        hashes[~chosen] = _rolling(codes, other)[position[~chosen]]
+    return mixed(hashes), np.repeat(np.arange(len(batch)), counts), position
 
 
 def _rolling(codes: Hashes, size: int) -> Hashes:

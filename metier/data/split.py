@@ -34,8 +34,9 @@ def split_groups(
         raise DataError(
             f"{total} records are in {len(sizes)} group{'s' if len(sizes) != 1 else ''}, too few for "
             f"{' and '.join(['train', *reversed(asked)])}: each needs one group of its own",
-            hint="records with the same group_id, or without one the same prompt, stay together; give more data, "
-            "or set `data.val` or `data.test` to 0",
+            hint="records with the same group_id, or without one the same prompt, stay together, and so do their "
+            "near-duplicates: give more data, raise `dedup.threshold` where texts are alike by their form alone, or "
+            "set `data.val` or `data.test` to 0",
         )
     if sum(wanted.values()) >= total:
         raise DataError(

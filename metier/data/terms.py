@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import polars
 
+from metier.data.partitions import Workers, parts
 from metier.data.records import Record
 from metier.domains import Domain
 
 # More tokens than that for a character of Chinese, or for a word of English, and the base hardly knows the language.
 MANY_PER_HAN, MANY_PER_WORD = 1.5, 4.0
+POOR_IN_CHINESE = (
+    "this base writes Chinese in pieces of characters, so that a Chinese record costs more than twice the tokens: a "
+    "base trained on Chinese, such as Qwen, needs about 0.7 a character"
+)
 _HAN = re.compile(r"[\u3400-\u9fff]")
 
 
@@ -24,7 +29,7 @@ class Span(NamedTuple):
     name: str
 
 
-def find_terms(domain: Domain, texts: list[str]) -> list[list[Span]]:
+def find_terms(domain: Domain, texts: Sequence[str]) -> list[list[Span]]:
     """Every term in every text: whole words, those with capitals inside only as written; they may overlap."""
     names = domain.names()
     if not names:
@@ -40,28 +45,48 @@ def find_terms(domain: Domain, texts: list[str]) -> list[list[Span]]:
             Span(*match.span(), name)
             for lower in sorted({candidate.lower() for candidate in candidates})
             for name, pattern in by_lower[lower]
-            for match in pattern.finditer(text)
+            for match in _matches(pattern, lower, text)
         ]
-        for text, candidates in zip(texts, likely, strict=True)
+        for text, candidates in zip(texts, likely.to_list(), strict=True)
     ]
 
 
-def coverage(domain: Domain, records: list[Record]) -> dict[str, Any]:
+def _matches(pattern: re.Pattern[str], lower: str, text: str) -> Iterator[re.Match[str]]:
+    """What `pattern.finditer(text)` finds, faster: the pattern is tried only where its name in small letters stands."""
+    lowered = text.lower()
+    if len(lowered) != len(text):
+        yield from pattern.finditer(text)
+        return
+    at = lowered.find(lower)
+    while at >= 0:
+        match = pattern.match(text, at)
+        if match:
+            yield match
+        at = lowered.find(lower, match.end() if match else at + 1)
+
+
+def coverage(domain: Domain, records: list[Record], workers: Workers | None = None) -> dict[str, Any]:
     """How many of the glossary's terms stand in the records, and how many records hold one.
 
     Latin names count as whole words; those with capitals inside (CAR, eGFR) only as written.
     """
     texts = ["\n".join(t["content"] for t in record.messages if t["role"] != "system") for record in records]
-    spans = find_terms(domain, texts)
-    found = {span.name for some in spans for span in some}
+    done = list((workers or Workers()).map(coverage_part, parts(texts), domain))
+    found = {name for names, _ in done for name in names}
     known = [not found.isdisjoint((*term.en, *term.zh)) for term in domain.terms]
     missing = [(term.en or term.zh)[0] for term, is_known in zip(domain.terms, known, strict=True) if not is_known]
     return {
         "terms": len(domain.terms),
         "terms_found": sum(known),
-        "records_with_a_term": sum(map(bool, spans)),
+        "records_with_a_term": sum(count for _, count in done),
         "terms_missing": missing,
     }
+
+
+def coverage_part(texts: Sequence[str], domain: Domain) -> tuple[set[str], int]:
+    """The terms' names in the texts, and how many texts hold one."""
+    spans = find_terms(domain, texts)
+    return {span.name for some in spans for span in some}, sum(map(bool, spans))
 
 
 def token_cost(domain: Domain, encode: Callable[[str], list[int]]) -> list[str]:
@@ -85,11 +110,19 @@ def token_cost(domain: Domain, encode: Callable[[str], list[int]]) -> list[str]:
             f"{many:g}" + (f": {worst}" if worst else "")
         )
         if language == "zh" and mean > MANY_PER_HAN:
-            said.append(
-                "this base writes Chinese in pieces of characters, so that a Chinese record costs more than twice the "
-                "tokens: a base trained on Chinese, such as Qwen, needs about 0.7 a character"
-            )
+            said.append(POOR_IN_CHINESE)
     return said
+
+
+def chinese_cost(texts: list[str], encode: Callable[[str], list[int]]) -> list[str]:
+    """Sentences on what the Chinese in the texts costs in tokens; none where there is none."""
+    chinese = ["".join(_HAN.findall(text)) for text in texts]
+    size = sum(map(len, chinese))
+    if not size:
+        return []
+    cost = sum(len(encode(text)) for text in chinese if text) / size
+    said = [f"Chinese costs {cost:.1f} tokens a character under this base"]
+    return [*said, POOR_IN_CHINESE] if cost > MANY_PER_HAN else said
 
 
 def whole_word(name: str) -> re.Pattern[str]:

@@ -101,4 +101,6 @@ def load_domain(name: str) -> Domain:
     except ValidationError as error:
         first = error.errors()[0]
         place = ".".join(map(str, first["loc"])) or "the file"
-        raise RecipeError(f"`{path}`: `{place}`: {first['msg']}", hint="metier/domains/ holds examples") from None
+        raise RecipeError(
+            f"`{path}`: `{place}`: {first['msg'].removeprefix('Value error, ')}", hint="metier/domains/ holds examples"
+        ) from None

@@ -9,6 +9,7 @@ digest of its last line, elsewhere: with it, that shows too.
 
 from __future__ import annotations
 
+import importlib.metadata
 import json
 import math
 from collections.abc import Iterator
@@ -41,23 +42,30 @@ class Verification:
 
 
 def verify(run: Path, head: str | None = None) -> Verification:
-    """Checks all of `run`; `head` is an audit's head noted earlier. Raises `RunError` without a finished run."""
+    """Checks all of `run`; `head` is an audit's head noted earlier. Raises `RunError` without a data set.
+
+    A run that has not come to its evidence is checked as far as it is.
+    """
     found = Verification()
-    for stage in artifacts.STAGES:
-        if artifacts.read_manifest(run / stage) is None:
-            raise RunError(f"there is no complete {stage} in `{run}`", hint="`metier run` makes a run to verify")
+    made = [stage for stage in artifacts.STAGES if artifacts.read_manifest(run / stage) is not None]
+    if "dataset" not in made:
+        raise RunError(f"there is no complete dataset in `{run}`", hint="`metier run` makes a run to verify")
+    for stage in made:
         num_files, problems = _check_artifact(run / stage)
         found.checks.append(f"{stage}: {num_files} files and their digest")
         found.problems += [f"{stage}/{problem}" for problem in problems]
-    if "full" in (artifacts.read_manifest(run / "evidence") or {})["parents"]:
+    if "full" in (artifacts.read_manifest(run / "evidence") or {}).get("parents", {}):
         num_files, problems = _check_artifact(run / "full")
         found.checks.append(f"full: {num_files} files and their digest")
         found.problems += [f"full/{problem}" for problem in problems]
-    found.problems += _check_parents(run)
+    found.problems += _check_parents(run, made)
     found.audit_head, problems = _check_audit(run, head)
     found.checks.append("audit.jsonl: the chain, and the digests that it names")
     found.problems += problems
-    if not any(p.startswith(("dataset/", "evidence/", "adapter/")) for p in found.problems):
+    if "evidence" not in made:
+        missing = " and ".join(stage for stage in artifacts.STAGES if stage not in made)
+        found.checks.append(f"no more: there is no {missing} yet")
+    elif not any(p.startswith(("dataset/", "evidence/", "adapter/")) for p in found.problems):
         found.checks.append("evidence.json: every number, from the per-item answers")
         found.problems += _check_evidence(run)
         found.checks.append("report and model card: every byte, from the evidence")
@@ -105,7 +113,9 @@ def _check_artifact(folder: Path) -> tuple[int, list[str]]:
             problems.append(f"{name}: missing")
         elif artifacts.digest_file(folder / name) != entry["sha256"]:
             problems.append(f"{name}: its bytes are not those that were written")
-    extra = there - manifest["files"].keys() - {artifacts.MANIFEST}
+    if artifacts.REVOKED in there:
+        problems.append(f"{artifacts.REVOKED}: it learned from a person who was forgotten; `metier run` trains anew")
+    extra = there - manifest["files"].keys() - {artifacts.MANIFEST, artifacts.REVOKED}
     problems += [f"{name}: not in the manifest" for name in sorted(extra) if not name.startswith(CARRIED_ASIDE)]
     carried = {n: f["sha256"] for n, f in manifest["files"].items() if n not in artifacts.LOGS}
     if manifest["digest"] != artifacts.digest_json([manifest["kind"], manifest["parents"], carried]):
@@ -113,15 +123,15 @@ def _check_artifact(folder: Path) -> tuple[int, list[str]]:
     return len(manifest["files"]), problems
 
 
-def _check_parents(run: Path) -> list[str]:
+def _check_parents(run: Path, made: list[str]) -> list[str]:
     manifests = {stage: artifacts.read_manifest(run / stage) or {} for stage in (*artifacts.STAGES, "full")}
     pairs = [("adapter", "dataset"), ("evidence", "dataset"), ("evidence", "adapter")]
-    if "full" in manifests["evidence"]["parents"]:
+    if "full" in manifests["evidence"].get("parents", {}):
         pairs += [("full", "dataset"), ("evidence", "full")]
     return [
         f"{stage}/manifest.json: made from another {parent} than the one beside it"
         for stage, parent in pairs
-        if manifests[stage].get("parents", {}).get(parent) != manifests[parent].get("digest")
+        if stage in made and manifests[stage].get("parents", {}).get(parent) != manifests[parent].get("digest")
     ]
 
 
@@ -145,8 +155,10 @@ def _check_named(run: Path, last: dict[str, dict[str, Any]]) -> list[str]:
     problems = []
     for action, stage in (("prepare", "dataset"), ("train", "adapter"), ("evaluate", "evidence")):
         manifest = artifacts.read_manifest(run / stage) or {}
-        if action in last and last[action].get("digest") != manifest["digest"]:
-            problems.append(f"audit.jsonl: the last `{action}` made another {stage} than the one that is there")
+        if action in last and last[action].get("digest") != manifest.get("digest"):
+            problems.append(
+                f"audit.jsonl: the last `{action}` made another {stage} than the one that is there, if one is"
+            )
     named = {k: v for action in ("report", "recipe") for k, v in last.get(action, {}).get("files", {}).items()}
     for name, digest in named.items():
         if not (run / name).is_file():
@@ -178,13 +190,19 @@ def _check_evidence(run: Path) -> list[str]:
 
 def _check_pages(run: Path) -> list[str]:
     found: Run = read_run(run)
-    made = {**pages(found), "MODEL_CARD.md": render_card(found, run.resolve().name)}
+    made = {**pages(found), "MODEL_CARD.md": render_card(found)}
+    version = importlib.metadata.version("metier")
+    other = (
+        ""
+        if found.judged["metier_version"] == version
+        else f" (made by metier {found.judged['metier_version']}; this is {version})"
+    )
     problems = []
     for name, text in made.items():
         if not (run / name).is_file():
             problems.append(f"{name}: missing")
         elif (run / name).read_bytes() != text.encode():
-            problems.append(f"{name}: differs from what the evidence gives{_first_line(run / name, text)}")
+            problems.append(f"{name}: differs from what the evidence gives{_first_line(run / name, text)}{other}")
     return problems
 
 

@@ -202,16 +202,27 @@ def moved(weight: FrozenWeight, device: torch.device) -> FrozenWeight:
 
 
 def stack(weights: list[FrozenWeight]) -> FrozenWeight:
-    """Weights of one input as one, by rows. Dense and fp8 ones are copied; nf4 ones stay where they are."""
+    """Weights of one input as one, by rows. Dense and fp8 ones are `joined`; nf4 ones stay where they are."""
     first = weights[0]
     if len(weights) == 1:
         return first
     if isinstance(first, DenseWeight):
-        return DenseWeight(torch.cat([w.weight for w in weights if isinstance(w, DenseWeight)]))
+        return DenseWeight(joined([w.weight for w in weights if isinstance(w, DenseWeight)]))
     if isinstance(first, Fp8Weight):
         eights = [w for w in weights if isinstance(w, Fp8Weight)]
-        scales = torch.cat([w.column_scale for w in eights])
-        return Fp8Weight(torch.cat([w.quantised.view(torch.uint8) for w in eights]).view(FP8), scales)
+        scales = joined([w.column_scale for w in eights])
+        return Fp8Weight(joined([w.quantised.view(torch.uint8) for w in eights]).view(FP8), scales)
     fours = [w for w in weights if isinstance(w, Nf4Weight)]
     scales4 = [w.column_scale for w in fours if w.column_scale is not None]
-    return Nf4Weight(tuple(p for w in fours for p in w.parts), first.dtype, torch.cat(scales4) if scales4 else None)
+    return Nf4Weight(tuple(p for w in fours for p in w.parts), first.dtype, joined(scales4) if scales4 else None)
+
+
+def joined(tensors: list[torch.Tensor]) -> torch.Tensor:
+    """Tensors one below the other: a view where they lie so in one storage (`metier.model.shards`), else a copy."""
+    first, end = tensors[0], tensors[0].storage_offset()
+    for tensor in tensors:
+        is_next = tensor.untyped_storage().data_ptr() == first.untyped_storage().data_ptr()
+        if not (is_next and tensor.storage_offset() == end and tensor.is_contiguous()):
+            return torch.cat(tensors)
+        end += tensor.numel()
+    return first.as_strided((sum(t.shape[0] for t in tensors), *first.shape[1:]), first.stride())

@@ -14,7 +14,8 @@ import torch
 import triton
 import triton.language as tl
 
-from metier.kernels.reference import Rows, SwigluGrads, rank_gradient
+from metier.kernels.reference import FP8, MAX_GROUPED_RANK, Groups, Rows, SwigluGrads, rank_gradient
+from metier.kernels.triton_groups import Shares, cut, is_even, share_of
 from metier.kernels.triton_rows import project_rows
 
 # Wider low-rank parts leave the kernels' registers and go through cuBLAS.
@@ -39,19 +40,19 @@ def _low_rank(value, low, rows, stride, offset, up_block, row_mask, ranks, rank,
 
 
 @triton.jit
-def _swiglu(gate_up, low, up, h_out, largest, num_rows, half, rank, rows_each,
+def _swiglu(gate_up, low, up, h_out, largest, bounds, num_rows, half, rank, rows_each, shares, GROUPED: tl.constexpr,
             HAS_LOW: tl.constexpr, FIND_LARGEST: tl.constexpr, PRECISION: tl.constexpr, EVEN: tl.constexpr,
             STAGES: tl.constexpr, BR: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr):  # fmt: skip
     cols = tl.program_id(0) * BN + tl.arange(0, BN)
     col_mask = cols < half
     ranks = tl.arange(0, BR)
+    adapter, first, last = share_of(tl.program_id(1), bounds, num_rows, rows_each, shares, GROUPED)
     if HAS_LOW:
+        up += adapter * 2 * half * rank
         up_at = up + cols[None, :] * rank + ranks[:, None]
         up_mask = col_mask[None, :] & (ranks < rank)[:, None]
         up_gate = tl.load(up_at, up_mask, other=0.0)
         up_upper = tl.load(up_at + half * rank, up_mask, other=0.0)
-    first = tl.program_id(1) * rows_each
-    last = tl.minimum(first + rows_each, num_rows)
     for start in tl.range(first, last, BM, num_stages=STAGES):
         rows = (start + tl.arange(0, BM)).to(tl.int64)
         row_mask = rows < last
@@ -77,35 +78,39 @@ def swiglu(
     *,
     down: torch.Tensor | None,
     quantise: bool,
+    groups: Groups | None = None,
 ) -> Rows:
     num_rows, half = gate_up.shape[0], gate_up.shape[1] // 2
-    rank = up.shape[1] if up is not None else 0
+    rank = up.shape[-1] if up is not None else 0
     if low is not None and rank > MAX_FUSED_RANK:
         gate_up, low, rank = _with_low_rank(gate_up, low, up), None, 0
     h = torch.empty(num_rows, half, device=gate_up.device, dtype=gate_up.dtype)
     largest = torch.zeros(num_rows, device=h.device) if quantise else None
-    grid, options = _shares(h, rank, stages=FORWARD_STAGES)
-    _swiglu[grid](
+    blocks, shares, options = _shares(h, rank, groups, stages=FORWARD_STAGES)
+    _swiglu[(blocks, shares.total)](
         gate_up, h if low is None else low, h if low is None else up, h, h if largest is None else largest,
-        num_rows, half, rank, options.pop("rows_each"), HAS_LOW=low is not None, FIND_LARGEST=quantise, **options,
+        shares.bounds, num_rows, half, rank, shares.rows, shares.each, GROUPED=shares.is_grouped,
+        HAS_LOW=low is not None, FIND_LARGEST=quantise, **options,
     )  # fmt: skip
     segments = (half,) if down is not None else ()
-    return project_rows(h, down=down, segments=segments, quantise=quantise, largest=largest)
+    return project_rows(h, down=down, segments=segments, quantise=quantise, largest=largest, groups=groups)
 
 
 FORWARD_STAGES = 3
 
 
-def _shares(x: torch.Tensor, rank: int, *, stages: int) -> tuple[tuple[int, int], dict[str, Any]]:
+def _shares(
+    x: torch.Tensor, rank: int, groups: Groups | None, *, stages: int
+) -> tuple[int, Shares, dict[str, Any]]:  # fmt: skip
     """Grid and block sizes, measured at 8,192 rows of 11,008 columns on an H100: some 1,300 programs in all."""
     num_rows, num_cols = x.shape
     is_wide = x.dtype == torch.float32
     blocks = triton.cdiv(num_cols, 64)
     rows_each = triton.cdiv(triton.cdiv(num_rows, max(1, 1376 // blocks)), 64) * 64
-    return (blocks, triton.cdiv(num_rows, rows_each)), {
-        "rows_each": rows_each, "BM": 64, "BN": 64, "BR": max(16, triton.next_power_of_2(rank)),
+    return blocks, cut(x, rows_each, groups), {
+        "BM": 64, "BN": 64, "BR": max(16, triton.next_power_of_2(rank)),
         "STAGES": 1 if is_wide else stages, "num_warps": 4 if rank <= 16 and not is_wide else 8,
-        "EVEN": num_rows % 64 == 0 and num_cols % 64 == 0, "PRECISION": "ieee" if is_wide else "tf32",
+        "EVEN": is_even(x, groups) and num_cols % 64 == 0, "PRECISION": "ieee" if is_wide else "tf32",
     }  # fmt: skip
 
 
@@ -120,8 +125,9 @@ def _with_low_rank(gate_up: torch.Tensor, low: torch.Tensor, up: torch.Tensor | 
 
 
 @triton.jit
-def _swiglu_backward(dh, gate_up, low, up, low_dh, down, factor, largest, up_sums, down_sums, num_rows, half, rank,
-                     next_rank, rows_each, HAS_LOW: tl.constexpr, HAS_DOWN: tl.constexpr, KEEP_H: tl.constexpr,
+def _swiglu_backward(dh, gate_up, low, up, low_dh, down, factor, largest, up_sums, down_sums, bounds, num_rows, half,
+                     rank, next_rank, rows_each, shares, GROUPED: tl.constexpr,
+                     HAS_LOW: tl.constexpr, HAS_DOWN: tl.constexpr, KEEP_H: tl.constexpr,
                      FIND_LARGEST: tl.constexpr, PRECISION: tl.constexpr, EVEN: tl.constexpr, STAGES: tl.constexpr,
                      BR: tl.constexpr, BD: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr):  # fmt: skip
     cols = tl.program_id(0) * BN + tl.arange(0, BN)
@@ -129,7 +135,9 @@ def _swiglu_backward(dh, gate_up, low, up, low_dh, down, factor, largest, up_sum
     col_mask = cols < half
     ranks, nexts = tl.arange(0, BR), tl.arange(0, BD)
     dtype: tl.constexpr = dh.dtype.element_ty
+    adapter, first, last = share_of(split, bounds, num_rows, rows_each, shares, GROUPED)
     if HAS_LOW:
+        up += adapter * 2 * half * rank
         up_at = up + cols[None, :] * rank + ranks[:, None]
         up_mask = col_mask[None, :] & (ranks < rank)[:, None]
         up_gate = tl.load(up_at, up_mask, other=0.0)
@@ -137,14 +145,13 @@ def _swiglu_backward(dh, gate_up, low, up, low_dh, down, factor, largest, up_sum
         gate_sum = tl.zeros([BN, BR], tl.float32)
         upper_sum = tl.zeros([BN, BR], tl.float32)
     if HAS_DOWN:
+        down += adapter * next_rank * half
         down_block = tl.load(down + nexts[:, None] * half + cols[None, :],
                              (nexts < next_rank)[:, None] & col_mask[None, :], other=0.0)  # fmt: skip
         down_sum = tl.zeros([BN, BD], tl.float32)
     if FIND_LARGEST:
         gate_factor = tl.load(factor + cols, col_mask, other=0.0)[None, :]
         upper_factor = tl.load(factor + half + cols, col_mask, other=0.0)[None, :]
-    first = split * rows_each
-    last = tl.minimum(first + rows_each, num_rows)
     for start in tl.range(first, last, BM, num_stages=STAGES):
         rows = (start + tl.arange(0, BM)).to(tl.int64)
         row_mask = rows < last
@@ -202,11 +209,13 @@ def swiglu_backward(
     down: torch.Tensor | None,
     factor: torch.Tensor | None,
     quantise: bool,
+    groups: Groups | None = None,
 ) -> SwigluGrads:
     num_rows, half = dh.shape
-    rank = up.shape[1] if up is not None and low is not None else 0
-    next_rank = down.shape[0] if down is not None and low_dh is not None else 0
-    sums_up, sums_down = 0 < rank <= MAX_SUMMED_RANK, 0 < next_rank <= MAX_SUMMED_RANK
+    rank = up.shape[-1] if up is not None and low is not None else 0
+    next_rank = down.shape[-2] if down is not None and low_dh is not None else 0
+    widest = MAX_SUMMED_RANK if groups is None else MAX_GROUPED_RANK
+    sums_up, sums_down = 0 < rank <= widest, 0 < next_rank <= widest
     if rank and not sums_up:
         assert low is not None
         gate_up = _with_low_rank(gate_up, low, up)
@@ -214,24 +223,37 @@ def swiglu_backward(
         assert low_dh is not None and down is not None
         dh = torch.addmm(dh, low_dh, down)
     largest = torch.zeros(num_rows, device=dh.device) if quantise else None
-    grid, options = _shares(dh, max(rank * sums_up, next_rank * sums_down), stages=3)
-    up_sums = torch.empty(grid[1] * sums_up, 2 * half, rank, device=dh.device, dtype=torch.float32)
-    down_sums = torch.empty(grid[1] * sums_down, next_rank, half, device=dh.device, dtype=torch.float32)
-    _swiglu_backward[grid](
+    most = max(rank * sums_up, next_rank * sums_down)
+    blocks, shares, options = _shares(dh, most, groups, stages=3 if most <= MAX_SUMMED_RANK else 1)
+    up_sums = torch.empty(shares.total * sums_up, 2 * half, rank, device=dh.device, dtype=torch.float32)
+    down_sums = torch.empty(shares.total * sums_down, next_rank, half, device=dh.device, dtype=torch.float32)
+    _swiglu_backward[(blocks, shares.total)](
         dh, gate_up, low if sums_up else dh, up if sums_up else dh, low_dh if sums_down else dh,
         down if sums_down else dh, dh if factor is None else factor, dh if largest is None else largest,
-        up_sums, down_sums, num_rows, half, rank, next_rank, options.pop("rows_each"),
+        up_sums, down_sums, shares.bounds, num_rows, half, rank, next_rank, shares.rows, shares.each,
+        GROUPED=shares.is_grouped,
         HAS_LOW=sums_up, HAS_DOWN=sums_down, KEEP_H=bool(next_rank) and not sums_down, FIND_LARGEST=quantise,
         BD=max(16, triton.next_power_of_2(next_rank * sums_down)), **options,
     )  # fmt: skip
-    up_grad = up_sums.sum(0) if sums_up else None
+    up_grad = shares.summed(up_sums) if sums_up else None
     if rank and not sums_up:
         assert low is not None
         up_grad = rank_gradient(gate_up, low, (half, 2 * half))
-    down_grad = down_sums.sum(0) if sums_down else None
+    down_grad = shares.summed(down_sums) if sums_down else None
     if next_rank and not sums_down:
         assert low_dh is not None
         down_grad = rank_gradient(low_dh, dh, (next_rank,))
     segments = (half, 2 * half) if up is not None else ()
-    rows = project_rows(gate_up, factor=factor, down=up, segments=segments, quantise=quantise, largest=largest)
+    # In 16 bits dh, read for the last time, has just the size of the two gradients in e4m3.
+    into = dh.view(FP8) if quantise and dh.element_size() == 2 else None
+    rows = project_rows(
+        gate_up,
+        factor=factor,
+        down=up,
+        segments=segments,
+        quantise=quantise,
+        largest=largest,
+        into=into,
+        groups=groups,
+    )
     return SwigluGrads(rows, up_grad, down_grad)

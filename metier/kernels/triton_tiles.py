@@ -12,43 +12,59 @@ import torch
 import triton
 import triton.language as tl
 
-from metier.kernels.reference import Heads, Rotation, rank_gradient
+from metier.kernels.reference import MAX_GROUPED_RANK, Groups, Heads, Rotation, rank_gradient
+from metier.kernels.triton_groups import cut, share_of
 
 MAX_FUSED_RANK = 128
 MAX_SUMMED_RANK = 32
 
 
 @triton.jit
-def _add_low_rank(residual, y, low, up, out, num_rows, num_cols, rank, HAS_LOW: tl.constexpr,
-                  PRECISION: tl.constexpr, BR: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr):  # fmt: skip
-    rows = (tl.program_id(0) * BM + tl.arange(0, BM)).to(tl.int64)
+def _add_low_rank(residual, y, low, up, out, bounds, num_rows, num_cols, rank, shares,
+                  up_stride_j, up_stride_n, up_stride_r, GROUPED: tl.constexpr, HAS_RESIDUAL: tl.constexpr,
+                  HAS_LOW: tl.constexpr, PRECISION: tl.constexpr, BR: tl.constexpr, BM: tl.constexpr,
+                  BN: tl.constexpr):  # fmt: skip
+    adapter, first, last = share_of(tl.program_id(0), bounds, num_rows, BM, shares, GROUPED)
+    rows = (first + tl.arange(0, BM)).to(tl.int64)
     cols = tl.program_id(1) * BN + tl.arange(0, BN)
-    row_mask, col_mask = rows < num_rows, cols < num_cols
+    row_mask, col_mask = rows < last, cols < num_cols
     mask = row_mask[:, None] & col_mask[None, :]
     at = rows[:, None] * num_cols + cols[None, :]
-    total = tl.load(residual + at, mask, other=0.0).to(tl.float32) + tl.load(y + at, mask, other=0.0).to(tl.float32)
+    total = tl.load(y + at, mask, other=0.0).to(tl.float32)
+    if HAS_RESIDUAL:
+        total += tl.load(residual + at, mask, other=0.0).to(tl.float32)
     if HAS_LOW:
+        up += adapter * up_stride_j
         ranks = tl.arange(0, BR)
         low_block = tl.load(low + rows[:, None] * rank + ranks[None, :],
                             row_mask[:, None] & (ranks < rank)[None, :], other=0.0)  # fmt: skip
-        up_block = tl.load(up + cols[None, :] * rank + ranks[:, None],
+        up_block = tl.load(up + cols[None, :] * up_stride_n + ranks[:, None] * up_stride_r,
                            col_mask[None, :] & (ranks < rank)[:, None], other=0.0)  # fmt: skip
         total = tl.dot(low_block, up_block, total, input_precision=PRECISION)
     tl.store(out + at, total.to(out.dtype.element_ty), mask)
 
 
 def add_low_rank(
-    residual: torch.Tensor, y: torch.Tensor, low: torch.Tensor | None, up: torch.Tensor | None
+    residual: torch.Tensor | None,
+    y: torch.Tensor,
+    low: torch.Tensor | None,
+    up: torch.Tensor | None,
+    groups: Groups | None = None,
+    out: torch.Tensor | None = None,
 ) -> torch.Tensor:
+    """Also without a residual; `out` may be y."""
     num_rows, num_cols = y.shape
-    rank = up.shape[1] if up is not None else 0
-    if low is not None and up is not None and rank > MAX_FUSED_RANK:
+    rank = up.shape[-1] if up is not None else 0
+    if low is not None and up is not None and rank > MAX_FUSED_RANK and groups is None:
         y, low, rank = torch.addmm(y, low, up.T), None, 0
-    out = torch.empty_like(y)
-    _add_low_rank[(triton.cdiv(num_rows, 64), triton.cdiv(num_cols, 128))](
-        residual, y, y if low is None else low, y if low is None else up, out, num_rows, num_cols, rank,
-        HAS_LOW=low is not None, PRECISION=_precision(y), BR=max(16, triton.next_power_of_2(rank)), BM=64, BN=128,
-        num_warps=4,
+    out = torch.empty_like(y) if out is None else out
+    shares = cut(y, 64, groups)
+    strides = (0, 0, 0) if up is None else (0 if up.dim() == 2 else up.stride(0), up.stride(-2), up.stride(-1))
+    _add_low_rank[(shares.total, triton.cdiv(num_cols, 128))](
+        y if residual is None else residual, y, y if low is None else low, y if low is None else up, out,
+        shares.bounds, num_rows, num_cols, rank, shares.each, *strides, GROUPED=shares.is_grouped,
+        HAS_RESIDUAL=residual is not None, HAS_LOW=low is not None, PRECISION=_precision(y),
+        BR=max(16, triton.next_power_of_2(rank)), BM=64, BN=128, num_warps=4,
     )  # fmt: skip
     return out
 
@@ -76,39 +92,43 @@ def _half_head(qkv, low, up, bias, rows, cols, row_mask, col_mask, num_cols, ran
 
 
 @triton.jit
-def _rotate(qkv, low, up, bias, cos, sin, q_norm, k_norm, out, num_rows, num_cols, rank, num_low, num_q, num_kv, eps,
-            rows_each, HALF: tl.constexpr, HAS_LOW: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_NORM: tl.constexpr,
-            PRECISION: tl.constexpr, BR: tl.constexpr, BM: tl.constexpr, BH: tl.constexpr,
+def _rotate(qkv, low, up, bias, cos, sin, q_norm, k_norm, bounds, out, num_rows, num_cols, rank, num_low, num_q, num_kv,
+            eps, shares, GROUPED: tl.constexpr,
+            HALF: tl.constexpr, HAS_LOW: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_NORM: tl.constexpr,
+            PRECISION: tl.constexpr, BR: tl.constexpr, BM: tl.constexpr, BH: tl.constexpr, HEADS: tl.constexpr,
             STAGES: tl.constexpr):  # fmt: skip
-    head = tl.program_id(0)
+    """A block of rows and some heads: their angles are read once. Values, the last heads, are not turned."""
     at = tl.arange(0, BH)
     col_mask = at < HALF
-    segment = (head >= num_q).to(tl.int32) + (head >= num_q + num_kv).to(tl.int32)
-    cols = head * (2 * HALF) + at
-    begin = tl.program_id(1) * rows_each
-    last = tl.minimum(begin + rows_each, num_rows)
-    for start in tl.range(begin, last, BM, num_stages=STAGES):
-        rows = (start + tl.arange(0, BM)).to(tl.int64)
-        row_mask = rows < last
-        mask = row_mask[:, None] & col_mask[None, :]
+    adapter, begin, last = share_of(tl.program_id(1), bounds, num_rows, BM, shares, GROUPED)
+    up += adapter * num_cols * rank
+    rows = (begin + tl.arange(0, BM)).to(tl.int64)
+    row_mask = rows < last
+    mask = row_mask[:, None] & col_mask[None, :]
+    all_cos = tl.load(cos + rows[:, None] * HALF + at[None, :], mask, other=0.0)
+    all_sin = tl.load(sin + rows[:, None] * HALF + at[None, :], mask, other=0.0)
+    head0 = tl.program_id(0) * HEADS
+    stop = tl.minimum(head0 + HEADS, num_q + 2 * num_kv)
+    if GROUPED:
+        stop = tl.where(begin < last, stop, head0)
+    for head in tl.range(head0, stop, num_stages=STAGES):
+        segment = (head >= num_q).to(tl.int32) + (head >= num_q + num_kv).to(tl.int32)
+        is_turned = segment < 2
+        cols = head * (2 * HALF) + at
         first = _half_head(qkv, low, up, bias, rows, cols, row_mask, col_mask, num_cols, rank, num_low, segment,
                            HAS_LOW, HAS_BIAS, PRECISION, BR)  # fmt: skip
         second = _half_head(qkv, low, up, bias, rows, cols + HALF, row_mask, col_mask, num_cols, rank, num_low, segment,
                             HAS_LOW, HAS_BIAS, PRECISION, BR)  # fmt: skip
-        if segment < 2:
-            if HAS_NORM:
-                norm = q_norm if segment == 0 else k_norm
-                rstd = tl.rsqrt((tl.sum(first * first, 1) + tl.sum(second * second, 1)) / (2 * HALF) + eps)[:, None]
-                first = first * rstd * tl.load(norm + at, col_mask, other=0.0).to(tl.float32)[None, :]
-                second = second * rstd * tl.load(norm + HALF + at, col_mask, other=0.0).to(tl.float32)[None, :]
-            c = tl.load(cos + rows[:, None] * HALF + at[None, :], mask, other=0.0)
-            s = tl.load(sin + rows[:, None] * HALF + at[None, :], mask, other=0.0)
-            turned = first * c - second * s
-            second = second * c + first * s
-            first = turned
+        if HAS_NORM:
+            norm = q_norm if segment == 0 else k_norm
+            rstd = tl.rsqrt((tl.sum(first * first, 1) + tl.sum(second * second, 1)) / (2 * HALF) + eps)[:, None]
+            one = first * rstd * tl.load(norm + at, col_mask, other=0.0).to(tl.float32)[None, :]
+            two = second * rstd * tl.load(norm + HALF + at, col_mask, other=0.0).to(tl.float32)[None, :]
+            first, second = tl.where(is_turned, one, first), tl.where(is_turned, two, second)
+        c, s = tl.where(is_turned, all_cos, 1.0), tl.where(is_turned, all_sin, 0.0)
         target = out + rows[:, None] * num_cols + cols[None, :]
-        tl.store(target, first.to(out.dtype.element_ty), mask)
-        tl.store(target + HALF, second.to(out.dtype.element_ty), mask)
+        tl.store(target, (first * c - second * s).to(out.dtype.element_ty), mask)
+        tl.store(target + HALF, (second * c + first * s).to(out.dtype.element_ty), mask)
 
 
 @triton.jit
@@ -123,9 +143,9 @@ def _before_norm(first, second, raw1, raw2, norm, at, col_mask, eps, HALF: tl.co
 
 
 @triton.jit
-def _rotate_backward(dq, dk, dv, qkv, low, up, bias, cos, sin, q_norm, k_norm, out,
+def _rotate_backward(dq, dk, dv, qkv, low, up, bias, cos, sin, q_norm, k_norm, bounds, out,
                      factor, largest, up_sums, num_rows, num_cols, rank, num_low, num_q, num_kv, eps, rows_each,
-                     FIND_LARGEST: tl.constexpr, SUMS: tl.constexpr,
+                     shares, GROUPED: tl.constexpr, FIND_LARGEST: tl.constexpr, SUMS: tl.constexpr,
                      HALF: tl.constexpr, HAS_LOW: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_NORM: tl.constexpr,
                      PRECISION: tl.constexpr, BR: tl.constexpr, BM: tl.constexpr, BH: tl.constexpr):  # fmt: skip
     """A head, and a share of the rows over which the gradient of `up` is summed."""
@@ -148,8 +168,8 @@ def _rotate_backward(dq, dk, dv, qkv, low, up, bias, cos, sin, q_norm, k_norm, o
     if SUMS:
         first_sum = tl.zeros([BH, BR], tl.float32)
         second_sum = tl.zeros([BH, BR], tl.float32)
-    begin = split * rows_each
-    last = tl.minimum(begin + rows_each, num_rows)
+    adapter, begin, last = share_of(split, bounds, num_rows, rows_each, shares, GROUPED)
+    up += adapter * num_cols * rank
     for start in tl.range(begin, last, BM, num_stages=1):
         rows = (start + tl.arange(0, BM)).to(tl.int64)
         row_mask = rows < last
@@ -189,20 +209,24 @@ def _rotate_backward(dq, dk, dv, qkv, low, up, bias, cos, sin, q_norm, k_norm, o
         tl.store(sum_at + HALF * rank, second_sum, sum_mask)
 
 
-# Measured at 2,048 to 8,192 rows of 12,288 columns on an H100.
-FORWARD_SHARE = {"rows_each": 256, "STAGES": 3}
+HEADS_EACH = 8
 
 
 def rotate(
-    qkv: torch.Tensor, low: torch.Tensor | None, up: torch.Tensor | None, heads: Heads, rotation: Rotation
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    qkv: torch.Tensor, low: torch.Tensor | None, up: torch.Tensor | None, heads: Heads, rotation: Rotation,
+    groups: Groups | None = None,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:  # fmt: skip
     # In place, unless the backward pass wants the product as it was.
     out = qkv if rotation.q_norm is None else torch.empty_like(qkv)
     qkv, low, up = _narrow(qkv, low, up, heads)
     options = _head_options(out, low, up, heads, rotation)
-    _rotate[(options.pop("num_heads"), triton.cdiv(out.shape[0], FORWARD_SHARE["rows_each"]))](
-        *_head_inputs(qkv, low, up, rotation, out), out, out.shape[0], out.shape[1], *_head_sizes(up, heads, rotation),
-        **FORWARD_SHARE, **options,
+    # Measured at 2,048 and 8,192 rows of 12,288 columns on an H100: 32 rows, 8 heads.
+    options["BM"] = 32
+    shares = cut(out, options["BM"], groups)
+    _rotate[(triton.cdiv(options.pop("num_heads"), HEADS_EACH), shares.total)](
+        *_head_inputs(qkv, low, up, rotation, out), shares.bounds, out, out.shape[0], out.shape[1],
+        *_head_sizes(up, heads, rotation), shares.each, GROUPED=shares.is_grouped, HEADS=HEADS_EACH, STAGES=3,
+        **options,
     )  # fmt: skip
     q, k, v = out.tensor_split(list(heads.ends[:2]), dim=1)
     return tuple(part.view(part.shape[0], -1, heads.size) for part in (q, k, v))  # type: ignore[return-value]
@@ -216,32 +240,34 @@ def rotate_backward(
     heads: Heads,
     rotation: Rotation,
     factor: torch.Tensor | None = None,
+    groups: Groups | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
     dq, dk, dv = (g.contiguous() for g in grads)
     num_rows, num_cols = dq.shape[0], heads.ends[2]
     out = torch.empty(num_rows, num_cols, device=dq.device, dtype=dq.dtype)
-    given, rank = low, 0 if up is None else up.shape[1]
+    given, rank = low, 0 if up is None else up.shape[-1]
     has_norm = rotation.q_norm is not None and qkv is not None
     if not has_norm:
         rotation = rotation._replace(bias=None)
     elif qkv is not None:
         qkv, low, up = _narrow(qkv, low, up, heads)
     product = qkv if has_norm and qkv is not None else dq
-    sums = low is not None and rank <= MAX_SUMMED_RANK
+    sums = low is not None and rank <= (MAX_SUMMED_RANK if groups is None else MAX_GROUPED_RANK)
     largest = torch.zeros(num_rows, device=out.device) if factor is not None else None
     options = _head_options(out, low if has_norm else None, up, heads, rotation)
     num_heads = options.pop("num_heads")
     rows_each = triton.cdiv(triton.cdiv(num_rows, max(1, 1536 // num_heads)), 64) * 64
-    splits = triton.cdiv(num_rows, rows_each)
-    up_sums = torch.empty(splits * sums, num_cols, rank, device=out.device, dtype=torch.float32)
-    _rotate_backward[(num_heads, splits)](
-        dq, dk, dv, *_head_inputs(product, low, up, rotation, out), out, out if factor is None else factor,
-        out if largest is None else largest, up_sums, num_rows, num_cols, *_head_sizes(up, heads, rotation), rows_each,
+    shares = cut(out, rows_each, groups)
+    up_sums = torch.empty(shares.total * sums, num_cols, rank, device=out.device, dtype=torch.float32)
+    _rotate_backward[(num_heads, shares.total)](
+        dq, dk, dv, *_head_inputs(product, low, up, rotation, out), shares.bounds, out,
+        out if factor is None else factor, out if largest is None else largest, up_sums, num_rows, num_cols,
+        *_head_sizes(up, heads, rotation), shares.rows, shares.each, GROUPED=shares.is_grouped,
         FIND_LARGEST=factor is not None, SUMS=sums, **options,
     )  # fmt: skip
     up_grad = None
     if given is not None:
-        up_grad = up_sums.sum(0) if sums else rank_gradient(out, given, heads.ends)
+        up_grad = shares.summed(up_sums) if sums else rank_gradient(out, given, heads.ends)
     return out, largest, up_grad
 
 
@@ -249,7 +275,7 @@ def _narrow(
     qkv: torch.Tensor, low: torch.Tensor | None, up: torch.Tensor | None, heads: Heads
 ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
     """Adds a low-rank part that is too wide for the kernels' registers by products of its own."""
-    if low is None or up is None or up.shape[1] <= MAX_FUSED_RANK:
+    if low is None or up is None or up.shape[-1] <= MAX_FUSED_RANK:
         return qkv, low, up
     rank, starts = up.shape[1], (0, *heads.ends[:2])
     for j, (a, b) in enumerate(zip(starts, heads.ends, strict=True)):
@@ -266,14 +292,14 @@ def _head_inputs(
 
 
 def _head_sizes(up: torch.Tensor | None, heads: Heads, rotation: Rotation) -> tuple[int | float, ...]:
-    rank = up.shape[1] if up is not None else 0
+    rank = up.shape[-1] if up is not None else 0
     return rank, 3 * rank, heads.num_q, heads.num_kv, rotation.eps
 
 
 def _head_options(
     out: torch.Tensor, low: torch.Tensor | None, up: torch.Tensor | None, heads: Heads, rotation: Rotation
 ) -> dict[str, Any]:
-    rank, half = up.shape[1] if up is not None else 0, heads.size // 2
+    rank, half = up.shape[-1] if up is not None else 0, heads.size // 2
     return {
         "num_heads": heads.num_q + 2 * heads.num_kv, "HALF": half, "HAS_LOW": low is not None,
         "HAS_BIAS": rotation.bias is not None, "HAS_NORM": rotation.q_norm is not None, "PRECISION": _precision(out),

@@ -3,28 +3,31 @@
 The layers' mathematics is transformers' (Llama, Mistral, Qwen2, Qwen3); what differs is what is kept and how often
 memory is read (`metier.model.layers`).
 
-Anything else (another architecture, dropout on the adapter's input, trained biases, sliding windows) takes the
-transformers modules with plain LoRA layers; the results are equal to rounding (tests/model/test_fused.py).
+Anything else (another architecture, trained biases, sliding windows) takes the transformers modules with plain LoRA
+layers; the results are equal to rounding (tests/model/test_fused.py).
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import contextlib
+from collections.abc import Iterator, Sequence
 from typing import Any, Literal, Protocol
 
 import torch
 from torch.utils.checkpoint import checkpoint
 
 from metier.kernels.attention import Documents, takes_flash
-from metier.kernels.frozen import DenseWeight, Fp8Weight, stack
+from metier.kernels.frozen import DenseWeight, Fp8Weight, joined, stack
 from metier.kernels.loss import Head, head_losses
-from metier.kernels.reference import Groups, Heads, Rotation
+from metier.kernels.reference import MAX_GROUPED_RANK, Dropout, Groups, Heads, Rotation
 from metier.model.graphs import GraphedPasses
-from metier.model.layers import Layer, Part, Site, run_layer
+from metier.model.layers import Layer, Part, Site, Treatment, run_layer
 from metier.model.lora import Adapter, LoRALinear, scaling_of
 from metier.model.quantise import FrozenLinear
+from metier.model.shards import shards_of
 
 Recompute = Literal["none", "mlp", "layer"]
+IMAGES_AT_ONCE = 56
 ARCHITECTURES = ("llama", "mistral", "qwen2", "qwen3")
 
 
@@ -42,6 +45,8 @@ class Batch(Protocol):
     @property
     def loss_weights(self) -> torch.Tensor | None: ...
     @property
+    def row_keys(self) -> torch.Tensor | None: ...
+    @property
     def lengths(self) -> tuple[int, ...]: ...
 
 
@@ -57,6 +62,7 @@ class FusedModel:
         self.recompute = recompute
         self.head = model.get_output_embeddings().weight
         self.decoder = model.get_decoder()
+        self.shards = shards_of(model)
         heads = layers[0].heads
         self.is_flash = takes_flash(self.head.dtype, self.head.device, heads.size)
         self.layer_size = sum(site.weight.shape[0] * site.weight.shape[1] for site in layers[0].sites)
@@ -64,24 +70,51 @@ class FusedModel:
 
     def hold(self, adapters: Sequence[Adapter]) -> None:
         """Trains `adapters` from now on, by their numbers in this order; their weights stay where they are."""
-        sites = [site for layer in self.layers for site in layer.sites]
+        sites = self._sites
         for site in sites:
             site.parts = [_part(site, adapter) for adapter in adapters]
         self.num_adapters = len(adapters)
+        self.dropout = adapters[0].config.dropout if len(adapters) == 1 else 0.0
         self.images = [image for site in sites for image in site.images(self.head.dtype, self.head.device)]
         # The rotary module of these kinds asks the host how long the row is.
         is_static = getattr(self.decoder.rotary_emb, "rope_type", "default") not in ("dynamic", "longrope")
-        self.graphs = (
-            GraphedPasses(self, [p for site in sites for p in site.parameters])
-            if (self.is_flash and is_static and len(adapters) == 1)
-            else None
-        )
+        self.only = 0
+        rank = max((part.rank for site in sites for part in site.parts), default=0)
+        self.is_grouped = len(adapters) > 1 and self.head.is_cuda and rank <= MAX_GROUPED_RANK
+        own = [p for site in sites for p in site.parameters] if len(adapters) == 1 else []
+        can_record = self.is_flash and is_static and not self.shards and (len(adapters) == 1 or self.is_grouped)
+        self.graphs = GraphedPasses(self, own) if can_record else None
+
+    @contextlib.contextmanager
+    def alone(self, adapter: int) -> Iterator[None]:
+        """Inside, passes that name no spans are this adapter's, by its number."""
+        before, self.only = self.only, adapter
+        try:
+            yield
+        finally:
+            self.only = before
+
+    def clear(self) -> None:
+        """Sets the sums of several adapters' gradients to zero."""
+        totals = [total for site in self._sites for total in site.totals or ()]
+        if totals:
+            torch._foreach_zero_(totals)
+
+    def settle(self) -> None:
+        """Makes the sums of several adapters' gradients the parameters' `.grad`."""
+        for site in self._sites:
+            site.settle()
+
+    @property
+    def _sites(self) -> list[Site]:
+        return [site for layer in self.layers for site in layer.sites]
 
     @torch.no_grad()
     def refresh(self) -> None:
-        """Copies the adapter's fp32 masters into the sites."""
-        scaled = torch._foreach_mul([master for _, master, _ in self.images], [scale for *_, scale in self.images])
-        torch._foreach_copy_([image for image, *_ in self.images], scaled)
+        """Copies the adapter's fp32 masters into the sites, scaled in fp32, a few at a time: the copies are memory."""
+        for start in range(0, len(self.images), IMAGES_AT_ONCE):
+            images, masters, scales = zip(*self.images[start : start + IMAGES_AT_ONCE], strict=True)
+            torch._foreach_copy_(images, torch._foreach_mul(masters, scales))
 
     @property
     def training(self) -> bool:
@@ -104,34 +137,63 @@ class FusedModel:
         `spans` are the adapters' rows, where there are several adapters (`metier.kernels.reference.Groups`).
         """
         documents = Documents.of(batch.lengths, batch.input_ids.device, is_flash=self.is_flash)
-        groups = Groups(spans, self.num_adapters) if self.num_adapters > 1 else None
-        hidden = self._hidden(batch.input_ids, batch.position_ids, documents, groups)
+        groups = self._groups(spans, batch.input_ids.shape[1])
+        treatment = self._treatment(groups, batch.row_keys)
+        hidden = self._hidden(batch.input_ids, batch.position_ids, documents, treatment)
         return head_losses(hidden, batch.loss_positions, batch.loss_targets, self._last())
 
     def accumulate(self, batch: Batch, weight: torch.Tensor) -> torch.Tensor:
         """`loss_sum`, detached, after adding its gradient times `weight` (a scalar tensor) to the adapter's `.grad`."""
-        is_weighted = batch.loss_weights is not None  # which no graph has a buffer for
-        if self.graphs is not None and not is_weighted:
-            loss = self.graphs.accumulate(batch, weight)
-            if loss is not None:
-                return loss
-        loss = self.loss_sum(batch)
-        torch.autograd.backward(loss * weight)
-        return loss.detach()
+        counts = batch.loss_weights
+        weights = weight.expand(batch.loss_targets.shape) if counts is None else weight * counts
+        losses = self.accumulate_each(batch, weights)
+        return (losses if counts is None else losses * counts).sum()
 
-    def loss_of(
-        self, input_ids: torch.Tensor, position_ids: torch.Tensor, documents: Documents,
-        positions: torch.Tensor, targets: torch.Tensor,
+    def accumulate_each(
+        self, batch: Batch, weights: torch.Tensor, spans: tuple[tuple[int, int, int], ...] = ()
     ) -> torch.Tensor:  # fmt: skip
-        """`loss_sum` of a pass of one adapter whose documents are laid out already and whose losses count alike."""
-        return head_losses(self._hidden(input_ids, position_ids, documents), positions, targets, self._last()).sum()
+        """`losses`, detached, after adding the gradient of their sum times `weights` [N].
+
+        It is added to the parameters' `.grad`, or, of several adapters, to sums that `settle` hands on.
+        """
+        if self.graphs is not None:
+            found = self.graphs.accumulate(batch, weights, spans)
+            if found is not None:
+                return found
+        losses = self.losses(batch, spans)
+        torch.autograd.backward(losses, weights.to(losses.dtype))
+        return losses.detach()
+
+    def losses_of(self, inputs: dict[str, torch.Tensor], documents: Documents, groups: Groups | None) -> torch.Tensor:
+        """`losses` of a pass that is laid out already (`metier.model.graphs`)."""
+        treatment = self._treatment(groups, inputs.get("row_keys"))
+        hidden = self._hidden(inputs["input_ids"], inputs["position_ids"], documents, treatment)
+        return head_losses(hidden, inputs["positions"], inputs["targets"], self._last())
+
+    @property
+    def drops_out(self) -> bool:
+        """Whether passes now are made with dropout."""
+        return self.dropout > 0 and self.training
+
+    def _treatment(self, groups: Groups | None, row_keys: torch.Tensor | None) -> Treatment:
+        if not self.drops_out:
+            return Treatment(groups)
+        if row_keys is None:
+            raise ValueError("dropout needs the pass's row_keys")
+        return Treatment(groups, Dropout(self.dropout, row_keys))
+
+    def _groups(self, spans: tuple[tuple[int, int, int], ...], num_rows: int) -> Groups | None:
+        if self.num_adapters < 2:
+            return None
+        groups = Groups(spans or ((self.only, 0, num_rows),), self.num_adapters)
+        return groups.on(self.head.device) if self.is_grouped else groups
 
     def _last(self) -> Head:
         norm = self.decoder.norm
         return Head(norm.weight, norm.variance_epsilon, self.head)
 
     def _hidden(
-        self, input_ids: torch.Tensor, position_ids: torch.Tensor, documents: Documents, groups: Groups | None = None
+        self, input_ids: torch.Tensor, position_ids: torch.Tensor, documents: Documents, treatment: Treatment
     ) -> torch.Tensor:
         """The last layer's output before the final norm, [M, I]."""
         self.refresh()
@@ -141,19 +203,23 @@ class FusedModel:
         cos, sin = self.decoder.rotary_emb(wide, position_ids)
         half = cos.shape[-1] // 2
         rotation = Rotation(cos[0, :, :half].contiguous(), sin[0, :, :half].contiguous())
-        for layer in self.layers:
+        for number, layer in enumerate(self.layers):
+            if self.shards:
+                self.shards.need(number)
             if self.recompute == "layer" and torch.is_grad_enabled():
                 x = checkpoint(
-                    self._layer, x, layer, rotation, documents, groups, use_reentrant=False, preserve_rng_state=False
+                    self._layer, x, layer, rotation, documents, treatment, use_reentrant=False, preserve_rng_state=False
                 )
             else:
-                x = self._layer(x, layer, rotation, documents, groups)
+                x = self._layer(x, layer, rotation, documents, treatment)
+            if self.shards:
+                x = self.shards.until_backward(number, x)
         return x  # type: ignore[no-any-return]
 
     def _layer(
-        self, x: torch.Tensor, layer: Layer, rotation: Rotation, documents: Documents, groups: Groups | None
+        self, x: torch.Tensor, layer: Layer, rotation: Rotation, documents: Documents, treatment: Treatment
     ) -> torch.Tensor:
-        return run_layer(x, layer, rotation, documents, keeps=self.recompute != "mlp", groups=groups)
+        return run_layer(x, layer, rotation, documents, keeps=self.recompute != "mlp", treatment=treatment)
 
 
 def is_fused_architecture(config: Any) -> bool:
@@ -176,22 +242,29 @@ def fuse(model: Any, *adapters: Adapter, recompute: Recompute = "none", fp8_copi
     weights once and transposes them each time for dX.
     """
     head = next(name for name, module in model.named_modules() if module is model.get_output_embeddings())
-    if not is_fused_architecture(model.config.get_text_config()) or not all(can_fuse(a, head) for a in adapters):
+    is_known = is_fused_architecture(model.config.get_text_config())
+    if not is_known or not all(can_fuse(a, head, alone=len(adapters) == 1) for a in adapters):
         return None
     if not all(_is_even(module) for module in model.get_decoder().layers):
         return None
     names = {id(module): name for name, module in model.named_modules()}
-    layers = [_layer_of(module, model.config.get_text_config(), names) for module in model.get_decoder().layers]
+    shards = shards_of(model)
+    layers = []
+    with shards.one_pass(backward=False) if shards else contextlib.nullcontext():
+        for number, module in enumerate(model.get_decoder().layers):
+            if shards:
+                shards.need(number)
+            layers.append(_layer_of(module, model.config.get_text_config(), names))
     for layer in layers:
         for site in layer.sites:
-            if isinstance(site.weight, Fp8Weight) and fp8_copies == 2:
+            if isinstance(site.weight, Fp8Weight) and fp8_copies == 2 and not shards:
                 site.weight.keep_transposed()
     return FusedModel(model, layers, recompute, adapters)
 
 
-def can_fuse(adapter: Adapter, head: str = "lm_head") -> bool:
-    """Whether the fused path trains such an adapter: no dropout, no trained biases, no adapter on the output head."""
-    return adapter.config.dropout == 0 and not adapter.biases and head not in adapter.layers
+def can_fuse(adapter: Adapter, head: str = "lm_head", *, alone: bool = False) -> bool:
+    """Whether the fused path trains such an adapter: no trained biases, none on the output head, dropout only alone."""
+    return (alone or adapter.config.dropout == 0) and not adapter.biases and head not in adapter.layers
 
 
 def _is_even(module: Any) -> bool:
@@ -211,7 +284,7 @@ def _layer_of(module: Any, config: Any, names: dict[int, str]) -> Layer:
     return Layer(
         module.input_layernorm.weight, module.post_attention_layernorm.weight,
         module.input_layernorm.variance_epsilon, heads,
-        None if biases[0] is None else torch.cat([b.detach() for b in biases]),
+        None if biases[0] is None else joined([b.detach() for b in biases]),
         None if q_norm is None else q_norm.weight, None if k_norm is None else k_norm.weight,
         _site(projections, names), _site([attention.o_proj], names),
         _site([mlp.gate_proj, mlp.up_proj], names), _site([mlp.down_proj], names),
@@ -239,4 +312,5 @@ def _site(modules: list[Any], names: dict[int, str]) -> Site:
 def _part(site: Site, adapter: Adapter) -> Part:
     layers = [adapter.layers.get(name) for name in site.names]
     masters = [None if layer is None else (layer.lora_a, layer.lora_b) for layer in layers]
-    return Part(masters, scaling_of(adapter.config), adapter.config.rank)
+    numbers = [0 if layer is None else layer.number for layer in layers]
+    return Part(masters, scaling_of(adapter.config), adapter.config.rank, numbers)

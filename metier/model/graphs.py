@@ -4,17 +4,20 @@ A graph wants fixed sizes. So a pass is padded to a bucket: tokens to at most an
 are long; supervised positions to an eighth, a quarter, half or all of the tokens, documents to a power of two. Padding
 tokens are documents of their own and carry no loss, so that nothing of a record changes. A bucket is recorded when it
 is first met (about a second) and replayed from then on; all share one memory pool. Where the memory for that is not
-there, passes run as they are.
+there, passes run as they are. In a pass of several adapters the padding is the last one's, and where each begins and
+ends is an input.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
 import torch
+from torch.nn import functional
 
 from metier.kernels.attention import Documents
+from metier.kernels.reference import Groups
 
 MAX_GRAPHS = 48
 # From this many (tokens x weights of a layer) a padding token costs more than a bucket saves (H100): finer buckets.
@@ -23,26 +26,34 @@ FINE_GRAIN = 256
 
 
 class Pass(Protocol):
-    """What is recorded: the summed loss of a pass. `layer_size` is a layer's weights."""
+    """What is recorded: the losses of a pass. `layer_size` is a layer's weights."""
 
     recompute: Any
     layer_size: int
+    num_adapters: int
 
-    def loss_of(
-        self, input_ids: torch.Tensor, position_ids: torch.Tensor, documents: Documents,
-        positions: torch.Tensor, targets: torch.Tensor,
+    @property
+    def drops_out(self) -> bool: ...
+
+    def losses_of(
+        self, inputs: dict[str, torch.Tensor], documents: Documents, groups: Groups | None
     ) -> torch.Tensor: ...  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True)
 class Bucket:
-    """Sizes of a padded pass; `lengths` are its documents', the padding's last. `equal`: see `Documents`."""
+    """Sizes of a padded pass; `lengths` are its documents', the padding's last. `equal`: see `Documents`.
+
+    `longest` and `is_even` are those of `Groups`.
+    """
 
     lengths: tuple[int, ...]
     num_positions: int
     num_documents: int
     max_seqlen: int
     equal: int
+    longest: int = 0
+    is_even: bool = False
 
     @property
     def num_tokens(self) -> int:
@@ -50,19 +61,20 @@ class Bucket:
 
     @property
     def key(self) -> tuple[int, ...]:
-        return self.num_tokens, self.num_positions, self.num_documents, self.max_seqlen, self.equal
+        sizes = (self.num_tokens, self.num_positions, self.num_documents, self.max_seqlen, self.equal)
+        return *sizes, self.longest, self.is_even
 
 
 @dataclass
 class _Recorded:
     graph: torch.cuda.CUDAGraph
     buffers: dict[str, torch.Tensor]
-    loss: torch.Tensor
+    losses: torch.Tensor
 
 
 @dataclass
 class GraphedPasses:
-    """Replays `run`'s forward and backward; gradients are added to `parameters`' `.grad`."""
+    """Replays `run`'s forward and backward; gradients are added to `parameters`' `.grad`, or where `run` adds them."""
 
     run: Pass
     parameters: list[torch.nn.Parameter]
@@ -70,17 +82,35 @@ class GraphedPasses:
     grads: list[torch.Tensor] = field(default_factory=list)
     max_seqlen: int = 128
     num_documents: int = 8
+    longest: int = 0
     pool: Any = None
+    stream: Any = None
     max_graphs: int = MAX_GRAPHS
 
-    def accumulate(self, batch: Any, weight: torch.Tensor) -> torch.Tensor | None:
-        """The pass's loss, its gradient times `weight` added; None when there is no graph for it, and no room."""
-        bucket = self.bucket(batch)
-        key = (self.run.recompute, *bucket.key)
+    def accumulate(
+        self, batch: Any, weights: torch.Tensor, spans: tuple[tuple[int, int, int], ...] = ()
+    ) -> torch.Tensor | None:  # fmt: skip
+        """The pass's losses [N], the gradient of their sum times `weights` [N] added; None when no graph has room.
+
+        `spans`: see `metier.kernels.reference.Groups`.
+        """
+        bucket, groups = self.bucket(batch), None
+        if spans:
+            number, start, _ = spans[-1]
+            spans = (*spans[:-1], (number, start, bucket.num_tokens))
+            groups = Groups(spans, self.run.num_adapters).on(weights.device)
+            # A power of two: shares beyond an adapter's rows cost next to nothing.
+            self.longest = max(self.longest, 1 << (groups.longest - 1).bit_length())
+            bucket = replace(bucket, longest=self.longest, is_even=groups.is_even)
+        key = (self.run.recompute, self.run.drops_out, *bucket.key)
         if key not in self.recorded and len(self.recorded) >= self.max_graphs:
             return None
         inputs = padded_inputs(batch, bucket)
-        inputs["weight"] = weight
+        inputs["weights"] = functional.pad(weights, (0, bucket.num_positions - weights.shape[0]))
+        if self.run.drops_out:
+            inputs["row_keys"] = functional.pad(batch.row_keys, (0, bucket.num_tokens - batch.row_keys.shape[0]))
+        if groups is not None and groups.bounds is not None:
+            inputs["bounds"] = groups.bounds
         self._attach_grads()
         if key not in self.recorded:
             recorded = self._record(inputs, bucket)
@@ -91,10 +121,10 @@ class GraphedPasses:
         for name, value in inputs.items():
             found.buffers[name].copy_(value, non_blocking=True)
         found.graph.replay()
-        return found.loss.clone()
+        return found.losses[: weights.shape[0]].clone()
 
     def bucket(self, batch: Any) -> Bucket:
-        """The sizes that `batch` is padded to. The limits on documents grow and never shrink."""
+        """The sizes that `batch` is padded to. The limits on documents grow and never shrink, as that on rows does."""
         total = sum(batch.lengths)
         is_long = total * self.run.layer_size >= MUCH_WORK
         grain = FINE_GRAIN if is_long else max(128, 1 << max(0, total.bit_length() - 4))
@@ -127,17 +157,20 @@ class GraphedPasses:
     def _record(self, inputs: dict[str, torch.Tensor], bucket: Bucket) -> _Recorded | None:
         """The pass as a graph; None, and no graphs from then on, when memory for one is not there."""
         buffers = {name: value.clone() for name, value in inputs.items()}
+        buffers["weights"].zero_()  # the pass that is made before recording adds nothing to the gradients
         documents = Documents(buffers["cu_seqlens"], bucket.max_seqlen, None, None, bucket.equal)
+        groups = None
+        if "bounds" in buffers:
+            groups = Groups((), self.run.num_adapters, buffers["bounds"], bucket.longest, bucket.is_even)
 
         def once() -> torch.Tensor:
-            loss = self.run.loss_of(
-                buffers["input_ids"], buffers["position_ids"], documents, buffers["positions"], buffers["targets"]
-            )
-            torch.autograd.backward(loss * buffers["weight"])
-            return loss.detach()
+            losses = self.run.losses_of(buffers, documents, groups)
+            torch.autograd.backward(losses, buffers["weights"].to(losses.dtype))
+            return losses.detach()
 
-        kept = [grad.clone() for grad in self.grads]
-        stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
+        if self.stream is None:  # one for all, since libraries make a workspace for each stream
+            self.stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
+        stream = self.stream
         stream.wait_stream(torch.cuda.current_stream())
         graph = torch.cuda.CUDAGraph()
         try:
@@ -147,13 +180,12 @@ class GraphedPasses:
             if self.pool is None:
                 self.pool = torch.cuda.graph_pool_handle()
             with torch.cuda.graph(graph, pool=self.pool, stream=stream):
-                loss = once()
+                losses = once()
         except torch.OutOfMemoryError as error:
             error.__traceback__ = None  # its frames hold the activations
             self.recorded.clear()
             self.pool, self.max_graphs = None, 0
-        torch._foreach_copy_(self.grads, kept)
-        return _Recorded(graph, buffers, loss) if self.max_graphs else None
+        return _Recorded(graph, buffers, losses) if self.max_graphs else None
 
 
 def padded_inputs(batch: Any, bucket: Bucket) -> dict[str, torch.Tensor]:
@@ -165,7 +197,6 @@ def padded_inputs(batch: Any, bucket: Bucket) -> dict[str, torch.Tensor]:
     padding = bucket.lengths[len(batch.lengths) :]
     tail = torch.cat([torch.arange(n) for n in padding]) if padding else torch.zeros(0, dtype=torch.int64)
     pad = bucket.num_positions - batch.loss_targets.shape[0]
-    functional = torch.nn.functional
     return {
         "input_ids": functional.pad(batch.input_ids, (0, bucket.num_tokens - batch.input_ids.shape[1])),
         "position_ids": torch.cat([batch.position_ids, tail.to(device)[None]], 1),

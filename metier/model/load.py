@@ -31,8 +31,9 @@ from metier.kernels.frozen import Storage
 from metier.model import weights
 from metier.model.embedded import Progress, say
 from metier.model.gguf_header import read_header
-from metier.model.quantise import check_storage, quantise_linear, quantise_model
+from metier.model.quantise import check_storage, quantise_linear, quantise_linears, quantise_model
 from metier.model.resolve import base_digest, first_line, read_json, resolve_base
+from metier.model.shards import Shards, shards_of
 from metier.model.template_check import check_template
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "tekken.json")
@@ -77,14 +78,17 @@ def load_base(
     dtype: torch.dtype,
     device: torch.device,
     storage: Storage = "dense",
+    shared: bool = False,
     progress: Progress = say,
 ) -> Base:
     """Loads a base model and its tokenizer onto `device` in `dtype`, frozen, with SDPA attention.
 
-    With `storage` fp8 or nf4 its linear layers but the head are quantised. Raises `ModelError` for a storage that the
-    device cannot work with, for what `resolve_base` refuses, a checkpoint that needs code of its own, an architecture
-    that transformers does not have, damaged or missing weights, a missing tokenizer, and a vocabulary that is larger
-    than the embeddings.
+    With `storage` fp8 or nf4 its linear layers but the head are quantised; `shared`, its decoder layers are divided
+    over the processes of the training (`metier.model.shards`), which all call this.
+
+    Raises `ModelError` for a storage that the device cannot work with, for what `resolve_base` refuses, a checkpoint
+    that needs code of its own, an architecture that transformers does not have, damaged or missing weights, a missing
+    tokenizer, and a vocabulary that is larger than the embeddings.
     """
     check_storage(storage, device)
     name = str(path_or_name)
@@ -94,7 +98,7 @@ def load_base(
         tokenizer = load_tokenizer(path)
         if isinstance(tokenizer.chat_template, str):
             check_template(tokenizer.chat_template)
-        model = _load_model(path, dtype, device, storage, progress)
+        model = _load_model(path, dtype, device, storage, progress, shared=shared)
     top = max(tokenizer.get_vocab().values())
     rows = model.get_input_embeddings().num_embeddings
     if top >= rows:
@@ -102,8 +106,8 @@ def load_base(
             f"the tokenizer in `{path}` has ids up to {top}, and the model has embeddings for {rows} tokens only",
             hint="tokens were added without resizing the model; use the tokenizer that the weights were saved with",
         )
-    if bad := [name for name, weight in model.named_parameters() if not bool(torch.isfinite(weight).all())]:
-        raise ModelError(f"`{bad[0]}` in `{path}` holds numbers that are not finite", hint="fetch the model again")
+    if bad := _first_not_finite(model):
+        raise ModelError(f"`{bad}` in `{path}` holds numbers that are not finite", hint="fetch the model again")
     model.requires_grad_(False).eval()
     commit = path.name if path.parent.name == "snapshots" else None
     return Base(model, tokenizer, path, name, commit, base_digest(path), dtype, device, storage)
@@ -290,9 +294,25 @@ def empty_model(config: Any, dtype: torch.dtype) -> Any:
     return model
 
 
-def _load_model(path: Path, dtype: torch.dtype, device: torch.device, storage: Storage, progress: Progress) -> Any:
+def _first_not_finite(model: Any) -> str | None:
+    """The name of a parameter with NaN or inf in it; of shared layers one after the other is looked at."""
+    shards = shards_of(model)
+    layers = enumerate(shards.layers if shards else ())
+    owners = {id(parameter): number for number, layer in layers for parameter in layer.parameters()}
+    with shards.one_pass(backward=False) if shards else contextlib.nullcontext():
+        for name, weight in model.named_parameters():
+            if shards and id(weight) in owners:
+                shards.need(owners[id(weight)])
+            if not bool(torch.isfinite(weight).all()):
+                return str(name)
+    return None
+
+
+def _load_model(
+    path: Path, dtype: torch.dtype, device: torch.device, storage: Storage, progress: Progress, *, shared: bool
+) -> Any:  # fmt: skip
     try:
-        model, unexpected, missing = _load_weights(path, dtype, device, storage)
+        model, unexpected, missing = _load_weights(path, dtype, device, storage, shared=shared)
     except torch.OutOfMemoryError as error:
         raise ModelError(
             f"`{path}` does not fit into the memory of {torch.cuda.get_device_name(device)}",
@@ -315,7 +335,7 @@ def _load_model(path: Path, dtype: torch.dtype, device: torch.device, storage: S
 
 
 def _load_weights(
-    path: Path, dtype: torch.dtype, device: torch.device, storage: Storage
+    path: Path, dtype: torch.dtype, device: torch.device, storage: Storage, *, shared: bool
 ) -> tuple[Any, list[str], list[str]]:
     """The model, the names in the checkpoint that it has no use for, and those that it misses.
 
@@ -330,15 +350,23 @@ def _load_weights(
             return None if linear is head else quantise_linear(linear, storage)
 
         replace = None if storage == "dense" else quantised
-        unused = weights.fill(model, names, dtype=dtype, device=device, replace=replace)
+        placed = Shards(model).placed if shared else None
+        unused = weights.fill(model, names, dtype=dtype, device=device, replace=replace, placed=placed)
         if (path / "generation_config.json").is_file():
             model.generation_config = _hf.GenerationConfig.from_pretrained(path)
         return model, unused, []
     # Old spellings of names, fused weights, parts that stay in fp32: transformers knows them all.
     model, report = _hf.AutoModelForCausalLM.from_pretrained(
-        path, dtype=dtype, device_map={"": device}, attn_implementation="sdpa", use_safetensors=True,
+        path, dtype=dtype, device_map={"": "cpu" if shared else device}, attn_implementation="sdpa",
+        use_safetensors=True,
         trust_remote_code=False, local_files_only=True, output_loading_info=True, ignore_mismatched_sizes=True,
     )  # fmt: skip
+    if shared:  # from the host's memory, layer by layer
+        shards = Shards(model)
+        for number, layer in enumerate(shards.layers):
+            quantise_linears(layer.to(device), storage)
+            shards.take(number)
+        model.to(device)
     quantise_model(model, storage)
     missing = sorted(report["missing_keys"]) or sorted(str(key[0]) for key in report["mismatched_keys"])
     return model, sorted(report["unexpected_keys"]), missing

@@ -85,11 +85,15 @@ def multiplies_fp8(device: torch.device) -> bool:
 
 def quantise_model(model: Any, storage: Storage) -> None:
     """Every linear layer of `model` but the output head, in place, one after the other."""
-    head = model.get_output_embeddings()
-    for name, module in list(model.named_modules()):
-        if type(module) is nn.Linear and module is not head:
+    quantise_linears(model, storage, but=model.get_output_embeddings())
+
+
+def quantise_linears(module: nn.Module, storage: Storage, *, but: nn.Module | None = None) -> None:
+    """Every linear layer inside `module` but `but`, in place."""
+    for name, linear in list(module.named_modules()):
+        if type(linear) is nn.Linear and linear is not but:
             parent, _, child = name.rpartition(".")
-            setattr(model.get_submodule(parent), child, quantise_linear(module, storage))
+            setattr(module.get_submodule(parent), child, quantise_linear(linear, storage))
 
 
 def count_parameters(model: nn.Module) -> int:

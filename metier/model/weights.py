@@ -61,11 +61,13 @@ def fill(
     dtype: torch.dtype,
     device: torch.device,
     replace: Replace | None = None,
+    placed: Callable[[str], None] | None = None,
 ) -> list[str]:
     """Loads every parameter of `model` (all on the meta device) from `names`; returns the names that it had no use for.
 
-    Parameters that are one (tied embeddings) stay one. Buffers are moved to `device` as they are. Raises what
-    safetensors raises for a damaged file, and `torch.OutOfMemoryError`.
+    `placed` is told of each parameter once it is where it stays. Parameters that are one (tied embeddings) stay one.
+    Buffers are moved to `device` as they are. Raises what safetensors raises for a damaged file, and
+    `torch.OutOfMemoryError`.
     """
     places = _places(model)
     unused = []
@@ -80,6 +82,8 @@ def fill(
                     setattr(module, attribute, weight)
                 if replace:
                     _replace(model, [(module, owner) for module, _, owner in places[name]], replace)
+                if placed:
+                    placed(name)
     for module in model.modules():
         for key, buffer in list(module.named_buffers(recurse=False)):
             module.register_buffer(key, buffer.to(device), persistent=key not in module._non_persistent_buffers_set)

@@ -40,7 +40,16 @@ class DataConfig(Section):
         "Found by itself when absent.",
     )
     answer: str | None = Field(default=None, description="A column's name, or a template. Found by itself when absent.")
-    system: str | None = Field(default=None, description="A system message for every record, or a column's name.")
+    system: str | None = Field(
+        default=None,
+        description="A system message for every record, or a column's name. A column `system` is found by itself; "
+        "`none` switches that off.",
+    )
+    history: str | None = Field(
+        default=None,
+        description="The column of earlier turns, a list of [question, answer] pairs. A column `history` is found by "
+        "itself; `none` switches that off, such as for a patient's history in words.",
+    )
     messages: str | None = Field(default=None, description="The column that holds whole conversations.")
     text: str | None = Field(default=None, description="The column of plain text, for training on text alone.")
     group_id: str | None = Field(

@@ -62,40 +62,48 @@ class Fit:
         return min(self.ways, key=lambda way: way.total_bytes)
 
 
-def fit(shape: Shape, job: Job, card: Card, config: TrainConfig) -> Fit:
-    """The first precision that fits, as fast as it can be trained: fewer bits only where they are needed."""
+def fit(shape: Shape, job: Job, card: Card, config: TrainConfig, *, processes: int = 1) -> Fit:
+    """The first precision that fits, as fast as it can be trained: fewer bits only where they are needed.
+
+    Several `processes` share the base only where it fits none of their cards in any precision that is open.
+    """
     ways = []
     chosen = None
-    for precision in precisions_for(config, card):
-        ways += (some := choices(shape, job, card, config, [precision]))
-        chosen = chosen or best(some, card.memory_bytes)
+    for shared_by in (1, processes) if processes > 1 else (1,):
+        for precision in precisions_for(config, card):
+            ways += (some := choices(shape, job, card, config, [precision], shared_by=shared_by))
+            chosen = chosen or best(some, card.memory_bytes)
     return Fit(chosen, ways)
 
 
-def precision_that_fits(shape: Shape, card: Card, config: TrainConfig) -> Precision:
-    """What `train.precision` means on `card`: the most exact that leaves room for training on one short record.
+def base_that_fits(shape: Shape, card: Card, config: TrainConfig, *, processes: int = 1) -> tuple[Precision, bool]:
+    """What `train.precision` means on `card`, and whether the processes share the base.
 
-    Raises `RunError` where none does: before any weight is loaded.
+    It is the most exact that leaves room for training on one short record. Raises `RunError` where none does: before
+    any weight is loaded.
     """
-    least = fit(shape, Job(64, 64, 0.5, 1, dropout=False), card, config)
+    least = fit(shape, Job(64, 64, 0.5, 1, dropout=False), card, config, processes=processes)
     if least.chosen is None:
         raise cannot_fit(least.leanest, card, config)
-    return cast(Precision, least.chosen.precision.partition(",")[0])
+    return cast(Precision, least.chosen.precision.partition(",")[0]), least.chosen.shared_by > 1
 
 
 def cannot_fit(leanest: Choice, card: Card, config: TrainConfig) -> RunError:
     """The error for a job that no way of training fits: how much it misses, and what would fit."""
     needed, held = leanest.total_bytes / GIB, card.memory_bytes / GIB
+    shared = f" shared by {leanest.shared_by} processes" if leanest.shared_by > 1 else ""
     part, size = max(leanest.memory.items(), key=lambda item: item[1])
     ideas = [f"a card of {needed:.1f} GiB", "a smaller base"]
     if config.precision not in ("auto", "nf4") and not card.is_cpu:
         ideas.append("`train.precision: nf4`")
+    if part == "frozen base":
+        ideas.append("more cards under torchrun, which share the base")
     if part in ("activations", "loss"):
         ideas.insert(0, "a smaller `train.max_seq_len`")
         if leanest.recompute != "full":
             ideas.insert(0, "`train.recompute: full`")
     return RunError(
-        f"this training does not fit into {held:.1f} GiB: the leanest way (base in {leanest.precision}, "
+        f"this training does not fit into {held:.1f} GiB: the leanest way (base in {leanest.precision}{shared}, "
         f"recomputation: {leanest.recompute}, passes of {leanest.micro_batch_tokens} tokens) "
         f"needs {needed:.1f} GiB, {size / GIB:.1f} of it for the {part}",
         hint=f"what would fit: {', '.join(ideas)}",

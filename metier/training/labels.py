@@ -17,13 +17,16 @@ from metier.recipe import TrainConfig
 
 @dataclass
 class LabelReport:
-    """What became of the records: counts, and the ids of those that were cut or left out, with the reason."""
+    """What became of the records: counts, and those that were cut or left out, by id.
+
+    cut_prompts: how many tokens the record had too many, all of them the prompt's. left_out: the reason.
+    """
 
     num_records: int = 0
     num_tokens: int = 0
     num_loss_tokens: int = 0
     longest: int = 0
-    cut_prompts: list[str] = field(default_factory=list)
+    cut_prompts: dict[str, int] = field(default_factory=dict)
     left_out: dict[str, str] = field(default_factory=dict)
 
     def as_dict(self) -> dict[str, Any]:
@@ -57,8 +60,8 @@ def render_records(
             if shorter is None:
                 report.left_out[record_id] = f"{one.num_tokens} tokens, above train.max_seq_len {config.max_seq_len}"
                 continue
-            report.cut_prompts.append(record_id)
-            messages, one = shorter, renderer.conversation(shorter, config.train_on)
+            whole, messages, one = one, shorter, renderer.conversation(shorter, config.train_on)
+            report.cut_prompts[record_id] = whole.num_tokens - one.num_tokens
         check_labels(one, messages, renderer, config.train_on, record_id)
         rendered.append(one if weight == 1 else replace(one, weight=weight))
         report.num_records += 1

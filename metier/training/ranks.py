@@ -1,10 +1,10 @@
 """Several processes, one training: what `torchrun` starts, joined through torch.distributed (gloo or NCCL).
 
-Every rank holds the base and the adapter. A step's records are divided over the ranks; their summed losses,
-token counts and gradients are added up, so each rank makes the same update as one process would on all the
-records. Rank 0 alone writes. In a single process every function here does nothing.
+Every rank holds the base, or its part of it (`metier.model.shards`), and the adapter. A step's records are divided over
+the ranks; their summed losses, token counts and gradients are added up, so each rank makes the same update as one
+process would on all the records. Rank 0 alone writes. In a single process every function here does nothing.
 
-Limits: the run's folder and the base must be reachable by every rank, and every rank holds the whole base.
+Limits: the run's folder and the base must be reachable by every rank.
 """
 
 from __future__ import annotations
@@ -97,6 +97,14 @@ def totals(*numbers: float) -> list[float]:
     summed = torch.tensor(numbers, dtype=torch.float64, device=device)
     distributed.all_reduce(summed)
     return summed.tolist()
+
+
+def in_turn(passes: Sequence[T], *, together: bool) -> list[T | None]:
+    """`passes`; with `together` as many as the rank with the most has, None where this one has none left."""
+    missing = 0
+    if together and size() > 1:
+        missing = max(from_everyone(len(passes))) - len(passes)
+    return [*passes, *[None] * missing]
 
 
 def sum_gradients(parameters: Iterable[torch.nn.Parameter]) -> None:

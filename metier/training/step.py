@@ -6,18 +6,23 @@ equals 8 x 1. With weights w, of class-weighted records, it is sum(w * loss) / s
 
 from __future__ import annotations
 
+import contextlib
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
+from metier.errors import RunError
 from metier.kernels.reference import cross_entropy_sum
 from metier.model.fused import FusedModel
 from metier.model.lora import LoRALinear
+from metier.model.shards import shards_of
 from metier.training import ranks
 from metier.training.pack import PackedBatch
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,13 +82,15 @@ def train_step(
     )
     weight = scaler.scale(torch.full_like(total, 1 / loss_weight))
     reason = ""
-    try:
-        for batch in batches:
-            total += accumulate(model, batch, weight)
-    except (RuntimeError, MemoryError) as error:
-        if not is_out_of_memory(error):
-            raise
-        reason = (str(error).splitlines() or ["memory"])[0]
+    for batch, this_pass in passes(model, batches, backward=True):
+        with this_pass:
+            try:
+                if batch is not None and not reason:
+                    total += accumulate(model, batch, weight)
+            except (RuntimeError, MemoryError) as error:
+                if not is_out_of_memory(error):
+                    raise
+                reason = (str(error).splitlines() or ["memory"])[0]
     # The failed pass's activations are free from here on. The ranks agree before they add up gradients.
     if ranks.size() > 1:
         loss_of_all, num_failed = ranks.totals(0.0 if reason else float(total), bool(reason))
@@ -94,10 +101,24 @@ def train_step(
     ranks.sum_gradients(parameters)
     # Of several ranks the loss is known already; of one it may still be on its way.
     loss = total if ranks.size() == 1 else torch.tensor(loss_of_all, dtype=torch.float64)
-    loss_value, grad_norm, is_finite = update(
+    loss_value, grad_norm = update(
         optimizer, loss, learning_rate=learning_rate, max_grad_norm=max_grad_norm, scaler=scaler
-    )
-    return StepResult(loss_value / loss_weight, grad_norm, int(num_tokens), int(num_loss_tokens), not is_finite)
+    ).tolist()
+    is_skipped = not (math.isfinite(loss_value) and math.isfinite(grad_norm))
+    return StepResult(loss_value / loss_weight, grad_norm, int(num_tokens), int(num_loss_tokens), is_skipped)
+
+
+def passes(
+    model: Any, batches: Sequence[PackedBatch], *, backward: bool
+) -> Iterator[tuple[PackedBatch | None, contextlib.AbstractContextManager[None]]]:  # fmt: skip
+    """Each batch, and what its pass is to be made within.
+
+    Where the base is shared over the ranks they all make as many passes; None is one of other ranks' alone.
+    """
+    inner = model.model if isinstance(model, FusedModel) else model
+    shards = shards_of(inner)
+    for batch in ranks.in_turn(batches, together=shards is not None):
+        yield batch, shards.one_pass(backward=backward) if shards else contextlib.nullcontext()
 
 
 def update(
@@ -107,45 +128,68 @@ def update(
     learning_rate: float,
     max_grad_norm: float,
     scaler: torch.amp.GradScaler,
-) -> tuple[float, float, bool]:
+) -> torch.Tensor:
     """Clips the gradients that are there, and steps unless they or `loss`, a scalar, are not finite.
 
-    Returns the loss, the norm before clipping, and whether both were finite.
+    Returns [2]: the loss and the norm before clipping, which a GPU may still be working on.
     """
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     for group in optimizer.param_groups:
         group["lr"] = learning_rate
     if loss.is_cuda and not scaler.is_enabled():
-        loss_value, grad_norm = _update_unseen(optimizer, parameters, max_grad_norm, loss)
-        is_finite = math.isfinite(grad_norm) and math.isfinite(loss_value)
+        numbers = _update_unseen(optimizer, parameters, max_grad_norm, loss)
     else:
         loss_value = float(loss)
         scaler.unscale_(optimizer)
-        grad_norm = float(torch.nn.utils.clip_grad_norm_(parameters, max_grad_norm))
-        is_finite = math.isfinite(grad_norm) and math.isfinite(loss_value)
-        if is_finite:
-            scaler.step(optimizer)
+        grad_norm = float(_with_room(optimizer, lambda: torch.nn.utils.clip_grad_norm_(parameters, max_grad_norm)))
+        if math.isfinite(grad_norm) and math.isfinite(loss_value):
+            _with_room(optimizer, lambda: scaler.step(optimizer))
         scaler.update()
+        numbers = torch.tensor([loss_value, grad_norm], dtype=torch.float64)
     optimizer.zero_grad(set_to_none=True)
-    return loss_value, grad_norm, is_finite
+    return numbers
 
 
 def _update_unseen(
     optimizer: Any, parameters: list[torch.Tensor], max_grad_norm: float, loss: torch.Tensor
-) -> tuple[float, float]:
+) -> torch.Tensor:
     """Clips and updates without waiting for the numbers: the GPU itself leaves a step with NaN or inf out.
 
-    That is what fused optimizers do for torch's loss scaler, which sets the same attribute. Returns loss and norm.
+    That is what fused optimizers do for torch's loss scaler, which sets the same attribute. Returns loss and norm, [2].
     """
-    norm = torch.nn.utils.clip_grad_norm_(parameters, max_grad_norm)
+    norm = _with_room(optimizer, lambda: torch.nn.utils.clip_grad_norm_(parameters, max_grad_norm))
     numbers = torch.stack([loss.to(norm.dtype), norm])
     optimizer.grad_scale, optimizer.found_inf = None, (~numbers.isfinite()).any().to(torch.float32)
     try:
-        optimizer.step()
+        _with_room(optimizer, optimizer.step)
     finally:
         del optimizer.grad_scale, optimizer.found_inf
-    loss_value, norm_value = numbers.tolist()
-    return loss_value, norm_value
+    return numbers
+
+
+def _with_room(optimizer: torch.optim.Optimizer, act: Callable[[], T]) -> T:
+    """`act()`, a part of an update, once more where memory ran out before it changed anything.
+
+    Never the whole step: beside others' updates, or on another rank, it may be made already. Raises `RunError` where
+    memory runs out again.
+    """
+    for is_last in (False, True):
+        try:
+            return act()
+        except (RuntimeError, MemoryError) as error:
+            if not is_out_of_memory(error):
+                raise
+            if is_last:
+                raise RunError(
+                    "out of memory in the optimizer's step, after the gradients were computed",
+                    hint="a smaller `adapter.rank`, or fewer bits (`train.precision`); the last checkpoint is intact",
+                ) from None
+            error.__traceback__ = None
+        # A parameter whose moments were not all made is one without moments.
+        for parameter in [p for p, state in optimizer.state.items() if "exp_avg_sq" not in state]:
+            del optimizer.state[parameter]
+        torch.cuda.empty_cache()
+    raise AssertionError("the last one returns or raises")
 
 
 def is_out_of_memory(error: BaseException) -> bool:
@@ -171,7 +215,10 @@ def mean_loss(model: Any, batches: Sequence[PackedBatch]) -> float:
     was_training = model.training
     model.eval()
     try:
-        mine = sum(float(loss_sum(model, batch)) for batch in batches)
+        mine = 0.0
+        for batch, this_pass in passes(model, batches, backward=False):
+            with this_pass:
+                mine += float(loss_sum(model, batch)) if batch is not None else 0.0
     finally:
         model.train(was_training)
     num_loss_tokens = sum(batch.num_loss_tokens for batch in batches)

@@ -12,6 +12,7 @@ the company it keeps; within one company they are the same bit for bit.
 from __future__ import annotations
 
 import contextlib
+import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 
@@ -62,11 +63,8 @@ class Together:
         """Inside, the base computes with this trainer's adapter."""
         if trainer.model is self.fused:
             assert self.fused is not None
-            self.fused.hold([trainer.lora])
-            try:
+            with self.fused.alone(self.sharing.index(trainer)):
                 yield
-            finally:
-                self.hold(self.trainers)
             return
         trainer.lora.put_in(self.base.model)
         self.base.model.train()
@@ -108,24 +106,30 @@ class Together:
             for trainer, share in zip(sharing, shares, strict=True)
         ]
         totals = [torch.zeros((), device=self.base.device) for _ in sharing]
+        self.fused.clear()
         for company in companies(steps, self.budget):
             batch, spans, sizes = side_by_side(company)
-            losses = self.fused.losses(batch, spans)
-            if batch.loss_weights is not None:
-                losses = losses * batch.loss_weights
-            each = [weights[number].expand(size) for number, size in sizes]
-            torch.autograd.backward(losses, torch.cat(each).to(losses.dtype))
-            for (number, _), own in zip(sizes, torch.split(losses.detach(), [size for _, size in sizes]), strict=True):
+            each = torch.cat([weights[number].expand(size) for number, size in sizes])
+            counts = batch.loss_weights
+            losses = self.fused.accumulate_each(batch, each if counts is None else each * counts, spans)
+            losses = losses if counts is None else losses * counts
+            for (number, _), own in zip(sizes, torch.split(losses, [size for _, size in sizes]), strict=True):
                 totals[number] += own.sum()
-        results = []
-        for trainer, step, share, total in zip(sharing, steps, shares, totals, strict=True):
-            loss, grad_norm, is_finite = update(
+        self.fused.settle()
+        # All are on their way before one is waited for.
+        numbers = torch.stack([
+            update(
                 trainer.optimizer, total, learning_rate=trainer.learning_rate,
                 max_grad_norm=trainer.config.max_grad_norm, scaler=trainer.scaler,
-            )  # fmt: skip
+            )
+            for trainer, total in zip(sharing, totals, strict=True)
+        ]).tolist()  # fmt: skip
+        results = []
+        for step, share, (loss, grad_norm) in zip(steps, shares, numbers, strict=True):
             num_tokens = sum(batch.num_tokens for batch in step)
             num_loss_tokens = sum(batch.num_loss_tokens for batch in step)
-            results.append(StepResult(loss / share, grad_norm, num_tokens, num_loss_tokens, not is_finite))
+            is_skipped = not (math.isfinite(loss) and math.isfinite(grad_norm))
+            results.append(StepResult(loss / share, grad_norm, num_tokens, num_loss_tokens, is_skipped))
         return results
 
 

@@ -24,6 +24,7 @@ from metier.model.device import peak_bytes, reset_peak
 from metier.model.load import Base, empty_model
 from metier.model.lora import attach, save_adapter
 from metier.model.quantise import count_parameters
+from metier.model.shards import shards_of
 from metier.recipe import AdapterConfig, TrainConfig
 from metier.training import ranks
 from metier.training.cards import GIB, card_here
@@ -151,7 +152,8 @@ def fitted(
     """
     shape = shape_of(empty_model(base.model.config, base.dtype), adapter)
     card, job = card_here(base.device), job_of(records, adapter, config)
-    ways = choices(shape, job, card, config, precisions_of(base))
+    shared_by = ranks.size() if shards_of(base.model) else 1
+    ways = choices(shape, job, card, config, precisions_of(base), shared_by=shared_by)
     loaded = min(way.memory["frozen base"] for way in ways) + (0 if card.is_cpu else CONTEXT_BYTES)
     chosen = best(ways, card.memory_bytes + loaded)
     if chosen is None:
@@ -205,6 +207,7 @@ def facts(trainer: Trainer) -> dict[str, Any]:
         "recompute": progress.recompute,
         "step_backs": progress.step_backs,
         "num_processes": ranks.size(),
+        "base_is_shared": shards_of(base.model) is not None,
         "train_seconds": round(progress.seconds, 3),
         "peak_memory_bytes": peak_bytes(base.device),
     }
@@ -213,6 +216,9 @@ def facts(trainer: Trainer) -> dict[str, Any]:
 def _tell_left_out(labels: dict[str, LabelReport], say: Callable[[str], None]) -> None:
     for split, report in labels.items():
         if report.cut_prompts:
-            say(f"{split}: the prompts of {len(report.cut_prompts)} records were cut to fit train.max_seq_len")
+            say(
+                f"{split}: the prompts of {len(report.cut_prompts)} records were cut by "
+                f"{sum(report.cut_prompts.values())} tokens to fit train.max_seq_len; adapter/manifest.json lists them"
+            )
         if report.left_out:
             say(f"{split}: {len(report.left_out)} records were left out; adapter/manifest.json says which and why")

@@ -176,3 +176,18 @@ def test_cleaning_stands_in_manifest_and_card_and_every_row_is_accounted_for(tmp
     assert all(messages[0]["content"].startswith("A question") for messages in kept)
     card = (tmp_path / "dataset" / "DATA_CARD.md").read_text(encoding="utf-8")
     assert "| width | on | 41 |" in card and "| contradictions | drop | 2 |" in card
+
+
+def test_every_contradiction_is_listed_without_a_search_for_near_duplicates(tmp_path: Path) -> None:
+    rows = [{"text": f"question {i}", "label": "abc"[i % 3]} for i in range(60)]
+    rows += [{"text": "Question  1", "label": "a"}, {"text": "question 1", "label": "c"}]
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows) + "{}\n")
+    recipe = parse_recipe(
+        "base: b\nout: o\ndata: {sources: [a.jsonl]}\ndedup: {near: ignore}\n", name="r", folder=tmp_path
+    )
+    manifest = prepare(recipe, out=tmp_path / "dataset", progress=lambda line: None)
+    listed = polars.read_parquet(tmp_path / "dataset" / "conflicts.parquet")
+    assert sorted(listed.select("label", "other_label").rows()) == [("b", "a"), ("b", "c")]
+    assert manifest["label_conflicts"] == 2 and manifest["rejected_examples"] == {"prompt is empty": ["a.jsonl:63"]}
+    card = (tmp_path / "dataset" / "DATA_CARD.md").read_text(encoding="utf-8")
+    assert "| prompt is empty | 1 | a.jsonl:63 |" in card and "未查找近似重复" in card and "近似重复 0 条" not in card

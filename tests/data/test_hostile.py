@@ -93,6 +93,18 @@ def test_one_character_again_and_again_does_not_tell_gb18030_from_big5() -> None
         detect_encoding(raw, raw, Path("a.csv"))
 
 
+@pytest.mark.parametrize("text", ["fz鑡,fz鑡\n", "氐,a\n", "鑡,é\n"])
+def test_one_rare_character_is_asked_about_where_another_reading_is_whole(text: str) -> None:
+    raw = text.encode("gb18030", "replace")
+    with pytest.raises(DataError, match="too short to tell|none of"):
+        detect_encoding(raw, raw, Path("a.csv"))
+
+
+def test_one_accent_in_words_is_western() -> None:
+    raw = "nom;ville\nLe très grand hôtel de la gare;Paris\n".encode("cp1252")
+    assert detect_encoding(raw, raw, Path("a.csv")).codec == "cp1252"
+
+
 @pytest.mark.parametrize("text", ["سؤال,جواب\n", "Привет,да\n", "질문,답변\n", "é,a\n", "คำถาม,คำตอบ\n", "😀,👍🏽\n"])
 def test_short_utf8_of_any_script_is_utf8(text: str) -> None:
     assert detect_encoding(text.encode(), text.encode(), Path("a.csv")).codec == "utf-8"

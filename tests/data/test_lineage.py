@@ -109,9 +109,34 @@ def test_evidence_that_shows_the_person_goes_too(tmp_path: Path) -> None:
     _, run = prepared(tmp_path)
     (run / "evidence").mkdir()
     polars.DataFrame({"record_id": sorted(ids(run))}).write_parquet(run / "evidence" / "items.parquet")
-    (run / "report.html").write_text("P3")
+    for page in ("report.html", "report.zh.html", "report.en.html", "MODEL_CARD.md"):
+        (run / page).write_text("P3")
     assert forget("P3", run, KEY).in_evidence == 6
-    assert not (run / "evidence").exists() and not (run / "report.html").exists()
+    assert not (run / "evidence").exists() and not list(run.glob("report*")) and not (run / "MODEL_CARD.md").exists()
+
+
+def test_a_second_person_is_known_to_have_been_learned_before_it_is_trained_again(tmp_path: Path) -> None:
+    _, run = prepared(tmp_path)
+    adapter_of(run)
+    records = polars.read_parquet(run / "dataset" / "records.parquet")
+    seen = records.group_by("group_id").agg((polars.col("split") == "train").all().alias("train")).sort("group_id")
+    held_out, learned = seen.filter(~polars.col("train"))["group_id"][0], seen.filter("train")["group_id"][0]
+    assert forget(held_out, run, KEY).models == [] and not (run / "adapter" / "revoked.json").exists()
+    found = forget(learned, run, KEY)
+    assert found.learned == 5 and found.models == [run / "adapter"]
+    assert len(json.loads((run / "adapter" / "revoked.json").read_text())) == 1
+    assert trace(learned, run, KEY).forgotten == 5
+
+
+def test_an_adapter_of_a_data_set_that_is_gone_is_marked_too(tmp_path: Path) -> None:
+    recipe, run = prepared(tmp_path)
+    adapter_of(run)
+    (run / "adapter").rename(run / "full")
+    adapter_of(run)
+    pipeline.prepare(load_recipe(tmp_path / "recipe.yaml", ["seed=9"]))
+    found = forget("P3", run, KEY)
+    assert found.learned is None and found.models == [run / "adapter", run / "full"]
+    assert json.loads((run / "full" / "revoked.json").read_text())[0]["records"] is None
 
 
 def test_other_files_of_the_data_set_lose_the_person_too(tmp_path: Path) -> None:
@@ -158,3 +183,21 @@ def test_the_verbs_tell_and_log_without_the_value(tmp_path: Path, monkeypatch: p
     assert none.exit_code == 0 and "0 records" in none.output
     wrong = CliRunner().invoke(app, ["trace", "--subject", "P3", str(tmp_path / "no run")])
     assert isinstance(wrong.exception, RunError) and not (tmp_path / "no run").exists()
+
+
+def test_a_prepared_run_is_verified_as_far_as_it_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("METIER_KEY_FILE", str(tmp_path / "key"))
+    _, run = prepared(tmp_path)
+    shown = CliRunner().invoke(app, ["verify", str(run)])
+    assert shown.exit_code == 0 and "there is no adapter and evidence yet" in shown.output
+    lines = (run / "audit.jsonl").read_text(encoding="utf-8").splitlines(keepends=True)
+    for number, line in enumerate(lines, start=1):
+        other = [*lines[: number - 1], line.replace('"action": "', '"action": "x'), *lines[number:]]
+        (run / "audit.jsonl").write_text("".join(other), encoding="utf-8")
+        assert f"line {number}: altered" in CliRunner().invoke(app, ["verify", str(run)]).output
+    (run / "audit.jsonl").write_text("".join(lines), encoding="utf-8")
+    (run / "dataset" / "records.parquet").write_bytes(b"other")
+    assert "records.parquet: its bytes are not those" in CliRunner().invoke(app, ["verify", str(run)]).output
+    adapter_of(run)
+    (run / "adapter" / "revoked.json").write_text("[]")
+    assert "was forgotten; `metier run` trains anew" in CliRunner().invoke(app, ["verify", str(run)]).output

@@ -58,9 +58,10 @@ def test_the_sentence_of_a_worker_reaches_the_user(two: Workers) -> None:
     assert caught.value.hint == "try another"
 
 
-def test_few_partitions_start_no_process() -> None:
+def test_few_records_start_no_process_in_however_many_partitions() -> None:
     with Workers(ScaleConfig()) as workers:
-        assert set(workers.map(own_process, parts(range(FEW - 1), 1))) == {os.getpid()}
+        assert set(workers.map(own_process, parts(range(FEW - 1), 100))) == {os.getpid()}
+        assert set(workers.map(own_process, ([1] for _ in range(50)))) == {os.getpid()}
 
 
 def test_a_killed_worker_is_a_sentence() -> None:

@@ -92,7 +92,8 @@ def test_history_comes_before_the_prompt(tmp_path: Path) -> None:
     rows += [{"instruction": "bad", "output": "x", "history": ["a"]}]
     manifest = make(tmp_path, rows, "")
     assert manifest["roles"]["history"] == "history"
-    assert manifest["rejected_by_reason"] == {"history is not a list of [question, answer] pairs": 1}
+    reason = "history is not a list of [question, answer] pairs; `data.history: none` leaves the column out"
+    assert manifest["rejected_by_reason"] == {reason: 1}
     turns = {m[-2]["content"]: [t["content"] for t in m] for m in records(tmp_path)["messages"].to_list()}
     assert turns["and 3?"] == ["first", "one", "and 3?", "answer 3"]
     assert turns["alone"] == ["alone", "x"] and turns["text"] == ["a", "b", "text", "x"]
@@ -103,3 +104,33 @@ def test_the_test_split_of_a_json_file_stays_the_test_split(tmp_path: Path) -> N
     manifest = make(tmp_path, {"train": rows[:40], "test": rows[40:]}, "")
     assert manifest["splits"] == {"train": 36, "val": 4, "test": 10}
     assert set(records(tmp_path).filter(split="test")["source_file"]) == {"a.json#test"}
+
+
+def test_where_the_names_say_nothing_the_values_propose(tmp_path: Path) -> None:
+    rows = [
+        {"编号": f"{i:04d}", "诉求": f"客户{i}反映手机银行不能登录", "处理": "投诉咨询"[i % 2 * 2 :][:2], "备": f"{i}"}
+        for i in range(40)
+    ]
+    with pytest.raises(DataError, match="it is not clear which column") as caught:
+        make(tmp_path, rows, "")
+    assert caught.value.hint and "data: {prompt: 诉求, answer: 处理}" in caught.value.hint
+
+
+def test_a_history_in_words_and_a_system_that_is_none_can_be_left_out(tmp_path: Path) -> None:
+    rows = [
+        {"question": f"q {i} {i * 7919 % 997}", "answer": f"a {i}", "history": "asthma", "system": "iOS"}
+        for i in range(40)
+    ]
+    with pytest.raises(DataError, match="`data.history: none` leaves the column out"):
+        make(tmp_path, rows, "")
+    roles = make(tmp_path, rows, ", history: none, system: none", "dedup: {near: ignore}")["roles"]
+    assert roles == {"prompt": "question", "answer": "answer", "how": "found"}
+    named = make(
+        tmp_path,
+        [{**row, "history": [[row["question"], "y"]]} for row in rows],
+        ", history: history",
+        "dedup: {near: ignore}",
+    )["roles"]
+    assert named["history"] == "history"
+    with pytest.raises(DataError, match="`data.history` needs prompts"):
+        make(tmp_path, rows, ", text: question, history: history")

@@ -239,7 +239,9 @@ def test_cutting_a_prompt_keeps_the_answer_whole(template: Format) -> None:
     renderer = Renderer(tiny_tokenizer(template))
     config = TrainConfig(max_seq_len=64, over_length="cut_prompt")
     [rendered], report = render_records(["b"], [long_record(99)], renderer, config)
-    assert report.cut_prompts == ["b"]
+    assert report.cut_prompts == {
+        "b": renderer.conversation(long_record(99), "all_assistant").num_tokens - rendered.num_tokens
+    }
     assert 50 < rendered.num_tokens <= 64
     trained = [label for label in rendered.labels if label != IGNORE_INDEX]
     assert renderer.decode(trained).strip() == "Injury" and trained[-1] in renderer.stop_token_ids

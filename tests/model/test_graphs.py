@@ -26,10 +26,8 @@ def test_a_padded_pass_has_the_loss_and_the_gradients_of_the_plain_one(count: in
     assert inputs["cu_seqlens"].tolist()[-1] == bucket.num_tokens
     for parameter in adapter.parameters.values():
         parameter.grad = None
-    loss = fused.loss_of(
-        inputs["input_ids"], inputs["position_ids"],
-        Documents.of(bucket.lengths, torch.device("cpu"), is_flash=False), inputs["positions"], inputs["targets"],
-    )  # fmt: skip
+    documents = Documents.of(bucket.lengths, torch.device("cpu"), is_flash=False)
+    loss = fused.losses_of(inputs, documents, None).sum()
     torch.autograd.backward(loss)
     assert float(loss.detach()) == pytest.approx(float(want), rel=1e-9)
     for name, parameter in adapter.parameters.items():

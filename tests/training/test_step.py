@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from typing import Any
 
 import pytest
 import torch
 
+from metier.errors import RunError
 from metier.model.fused import fuse
 from metier.model.lora import Adapter, attach
 from metier.recipe import AdapterConfig, TrainConfig
 from metier.training.pack import pack_batches
 from metier.training.schedule import learning_rate_at, make_plan, peak_learning_rate, records_of_step
-from metier.training.step import StepResult, mean_loss, train_step
+from metier.training.step import StepResult, _update_unseen, mean_loss, train_step
 from tests.model.tiny import tiny_model
 from tests.training.test_pack import random_records
 
@@ -77,6 +79,74 @@ def test_a_step_that_is_not_finite_leaves_the_weights_alone(poison: float) -> No
     for name, tensor in adapter.tensors().items():
         assert torch.equal(tensor, before[name])
     assert not optimizer.state
+
+
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+@pytest.mark.parametrize("poison", [None, "loss", "gradient"])
+def test_an_update_that_nobody_waits_for_is_the_plain_one_and_leaves_out_what_is_not_finite(
+    device: str, poison: str | None
+) -> None:
+    if device == "cuda" and not torch.cuda.is_available():
+        pytest.skip("no GPU")
+    found = []
+    for is_unseen in (False, True):
+        generator = torch.Generator().manual_seed(0)
+        parameters = [torch.nn.Parameter(torch.randn(5, 7, generator=generator).to(device)) for _ in range(3)]
+        optimizer = torch.optim.AdamW(parameters, lr=1e-2, fused=True)
+        for number in range(4):
+            for parameter in parameters:
+                parameter.grad = 3 * torch.randn(5, 7, generator=generator).to(device)
+            loss = torch.tensor(0.5 + number, device=device)
+            if number == 2 and poison == "gradient":
+                assert parameters[1].grad is not None
+                parameters[1].grad[2, 3] = math.inf
+            elif number == 2 and poison == "loss":
+                loss.fill_(math.nan)
+            if is_unseen:
+                loss_value, norm = map(float, _update_unseen(optimizer, list(parameters), 1.0, loss))
+            else:
+                norm = float(torch.nn.utils.clip_grad_norm_(parameters, 1.0))
+                loss_value = float(loss)
+                if math.isfinite(norm) and math.isfinite(loss_value):
+                    optimizer.step()
+            assert math.isfinite(norm + loss_value) == (number != 2 or poison is None)
+        states = [value for state in optimizer.state.values() for value in state.values()]
+        found.append([tensor.detach().clone() for tensor in (*parameters, *states)])
+        assert not hasattr(optimizer, "found_inf")
+    for plain, unseen in zip(*found, strict=True):
+        assert torch.equal(plain, unseen)
+    assert float(found[1][3]) == (4 if poison is None else 3)  # the first parameter's count of steps
+
+
+def test_memory_that_runs_out_once_in_the_update_changes_nothing_and_twice_is_a_sentence() -> None:
+    moved = []
+    for failures in (0, 1, 2):
+        model, _ = tiny_model("llama3")
+        adapter = attach(model, AdapterConfig(rank=4), seed=0)
+        optimizer = torch.optim.AdamW(list(adapter.parameters.values()), lr=1e-2, fused=True)
+        left = [failures]
+
+        def fail(*_: Any, optimizer: Any = optimizer, left: list[int] = left) -> None:
+            if left[0]:
+                left[0] -= 1
+                first = optimizer.param_groups[0]["params"][0]
+                optimizer.state[first]["step"] = torch.zeros(())  # the moments did not fit any more
+                raise torch.OutOfMemoryError("planted")
+
+        optimizer.register_step_pre_hook(fail)
+        before = adapter.tensors()
+        for _ in range(2):
+            batches = pack_batches(random_records(6, model.config.vocab_size), 60, 3)
+            scaler = torch.amp.GradScaler("cpu", enabled=False)
+            if failures == 2:
+                with pytest.raises(RunError, match="out of memory in the optimizer's step"):
+                    train_step(model, optimizer, batches, learning_rate=1e-2, max_grad_norm=1.0, scaler=scaler)
+                break
+            train_step(model, optimizer, batches, learning_rate=1e-2, max_grad_norm=1.0, scaler=scaler)
+        moved.append(adapter.tensors())
+    for name, tensor in moved[0].items():
+        assert torch.equal(moved[1][name], tensor)
+        assert torch.equal(moved[2][name], before[name])
 
 
 def test_training_fits_a_handful_of_records() -> None:

@@ -131,6 +131,31 @@ def test_a_nan_in_one_adapter_leaves_the_others_bit_identical(tiny_base: Path) -
         assert number == 3 or all(torch.equal(clean[name], beside[name]) for name in clean)
 
 
+def test_memory_that_runs_out_in_one_update_lets_every_adapter_step_once(tiny_base: Path) -> None:
+    weights = []
+    for planted in (False, True):
+        base = load_base(str(tiny_base), dtype=torch.float32, device=torch.device("cpu"))
+        together = company(base, 4)
+        left = [planted]
+
+        def fail(*_: Any, left: list[bool] = left) -> None:
+            if left.pop() if left else False:
+                raise torch.OutOfMemoryError("planted")
+
+        together.trainers[2].optimizer.register_step_pre_hook(fail)
+        for _ in range(3):
+            results = together.round()
+            assert not any(result.is_skipped for result in results)
+            for trainer in together.trainers:
+                trainer.progress.step += 1
+        steps = [int(next(iter(t.optimizer.state.values()))["step"]) for t in together.trainers]
+        assert steps == [3, 3, 3, 3]
+        assert together.budget == 400
+        weights.append([trainer.adapter.tensors() for trainer in together.trainers])
+    for clean, beside in zip(*weights, strict=True):
+        assert all(torch.equal(clean[name], beside[name]) for name in clean)
+
+
 def test_a_diverged_configuration_leaves_and_the_sweep_goes_on(recipe: Path, tmp_path: Path) -> None:
     tried = ranged(recipe, tmp_path, {"train.learning_rate": [1e-2, 1e30]}, halving=1)
     sweep(tried)

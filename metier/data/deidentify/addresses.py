@@ -11,11 +11,13 @@ import re
 from collections.abc import Iterator
 from functools import cache
 
+from metier.data.deidentify.english import CAPITAL, HAS_CAPITAL, LETTER
 from metier.data.deidentify.lexicon import cues, words
 from metier.data.deidentify.spans import Span
 
-_L = "A-Za-z\u00c0-\u024f"
-_CAP = rf"[A-Z\u00c0-\u00de][{_L}'.-]*"
+_L = LETTER
+_CAP = rf"[{CAPITAL}][{_L}'.-]*"
+_DIGIT = re.compile(r"\d")
 _NUMBER = r"(?:No\.? ?|#)?\d{1,6}(?:[A-Za-z]\b|[-/]\d{1,4}[A-Za-z]?)?"
 _UNIT = (
     r"(?:[, ]+\n?(?i:Apt|Apartment|Suite|Ste|Unit|Flat|Floor|Fl|Room|Rm|Bldg|Building|Dept|Box|"
@@ -28,7 +30,7 @@ _TAIL = re.compile(
     rf"en|do|da|dos)){{0,4}})"
     r"(?:,? ?[A-Z]{2,3}\b)?(?:,? \d{3,6}(?:[- ]?\d{2,4}|"
     r" ?[A-Z]{2})?\b)?(?:,? [A-Z]{1,2}\d[A-Z\d]? ?\d[A-Z]{2}\b)?(?: / [A-Z]{2}\b| \([A-Z]{2}\))?"
-    r"|,? [A-Z]{2},? \d{5}(?:-\d{4})?\b|,? [A-Z]{1,2}\d[A-Z\d]? ?\d[A-Z]{2}\b| \d{4,6}(?:-\d{3,4})?\b"
+    r"|,? (?i:s/n)\b|,? [A-Z]{2},? \d{5}(?:-\d{4})?\b|,? [A-Z]{1,2}\d[A-Z\d]? ?\d[A-Z]{2}\b| \d{4,6}(?:-\d{3,4})?\b"
 )
 # Where an address ends after a cue: at a word that goes on with the sentence.
 _CUE_END = re.compile(
@@ -57,10 +59,10 @@ def _streets() -> re.Pattern[str]:
         rf"(?=,? ?\n? ?(?:[A-Z]{{1,3}}-)?\d{{2,5}}[- ]?\d{{0,3}} ?[A-Z])"
         rf"|(?:{_NUMBER}),? (?:{_CAP}[ ,]+){{1,3}}(?=\d{{3,6}}\b)"
         rf"|(?:USS|USNS|USNV|USCGC|USNV|CMR) {_CAP}"
-        rf"|(?i:P\.? ?O\.? ?Box|Postfach|Apartado|PSC) ?#?\d{{1,6}}(?:,? Box \d+)?|Unit \d{{1,6}},? Box \d+"
+        rf"|(?i:P\.? ?O\.? ?Box|Postfach|Apartado|PSC) ?#?\d{{1,6}}(?:,? Box \d+)?|(?i:Unit \d{{1,6}},? Box \d+)"
         rf"|(?:{_CAP} ){{1,3}}(?:Street|Avenue|Road|Boulevard|Lane|Drive|Terrace|Crescent|Parkway)\b(?!\.\w)"
         rf"|(?:{_CAP} )?{_CAP}(?:straße|strasse|gasse|straat|laan|gatan|vägen|gade|vej|katu|utca)\b(?!-)"
-        rf"|(?:Suite|Apt\.?|Apartment) \d{{1,5}}[A-Z]?\b){_UNIT}?"
+        rf"|(?i:Suite|Apt\.?|Apartment|Flat|Studio) \d{{1,5}}[A-Za-z]?\b(?! ?%| percent|[.,]\d)){_UNIT}?"
     )
 
 
@@ -82,13 +84,14 @@ def _town_zip() -> re.Pattern[str]:
     """Springfield, IL 62704: a town with its state and postal code."""
     states = "|".join(words("en_states"))
     return re.compile(
-        rf"(?<![{_L}])(?:{_CAP} ){{0,3}}{_CAP},? (?:{states})(?:,? (?P<z>\d{{5}}(?:-\d{{4}})?))?(?![0-9{_L}-])"
+        rf"(?<![{_L}])(?:{_CAP} ){{0,3}}{_CAP},? (?:{states})(?:,? (?P<z>\d{{5}}(?:-\d{{4}})?))?(?![0-9{_L}:-])"
     )
 
 
 def find_addresses(text: str) -> Iterator[Span]:
-    """Spans of folded `text`."""
-    for match in _streets().finditer(text):
+    """Spans of folded `text`: there is none without a digit or a capital."""
+    has_digit, has_capital = _DIGIT.search(text) is not None, HAS_CAPITAL.search(text) is not None
+    for match in _streets().finditer(text) if has_digit or has_capital else ():
         end, has_number = match.end(), any(char.isdigit() for char in match.group()) or match.group().startswith("US")
         for _ in range(6):
             tail = _TAIL.match(text, end)
@@ -96,13 +99,13 @@ def find_addresses(text: str) -> Iterator[Span]:
                 break
             end = tail.end()
         yield Span(match.start(), end, "ADDRESS", 0.88 if has_number else 0.6)
-    for match in _after_cue().finditer(text):
+    for match in _after_cue().finditer(text) if has_digit else ():
         value = match["v"]
         stop = _CUE_END.search(value)
         length = len((value[: stop.start()] if stop else value).rstrip(" ,.\n"))
         if length >= 5 and re.search(r"\d", value[:length]):
             yield Span(match.start("v"), match.start("v") + length, "ADDRESS", 0.7)
-    for match in _town_zip().finditer(text):
+    for match in _town_zip().finditer(text) if has_capital else ():
         if match["z"]:
             yield Span(match.start(), match.start("z") - 1, "LOCATION", 0.8)
             yield Span(match.start("z"), match.end("z"), "ZIP_CODE", 0.85)

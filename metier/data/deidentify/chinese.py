@@ -62,9 +62,11 @@ def _terms() -> re.Pattern[str]:
 
 
 @cache
-def _sides() -> tuple[dict[str, float], dict[str, float]]:
+def _sides() -> tuple[dict[str, float], frozenset[str], dict[str, float], frozenset[str]]:
+    """The cues before a name and their last characters, those after it and their first."""
     before = dict.fromkeys(cues("zh_before_weak"), 1.5) | dict.fromkeys(cues("zh_before"), 3.5)
-    return before, dict.fromkeys(cues("zh_after_weak"), 1.5) | dict.fromkeys(cues("zh_after"), 3.5)
+    after = dict.fromkeys(cues("zh_after_weak"), 1.5) | dict.fromkeys(cues("zh_after"), 3.5)
+    return before, frozenset(cue[-1] for cue in before), after, frozenset(cue[0] for cue in after)
 
 
 @cache
@@ -144,32 +146,74 @@ def _points(text: str, start: int, size: int, given: int, cuts: Cuts) -> float:
     """How much speaks for the name of `size` surname and `given` further characters at `start`: log odds."""
     if given == 0:
         return _title_points(text, start, size, cuts.word_at)
-    weights, points = _weights(), 0.0
-    for mark in marks(text, start, size, given, cuts):
-        points += weights.get(mark, 0.0)
-        if mark.startswith("right ") and points + _best_rest() <= MIN_POINTS:
-            break  # nothing that is still to be seen would make it a name
+    end = start + size + given
+    best_left, best_cuts = _best_rest()
+    points = (
+        _head_points()[*_head(text, start, size, end), given] + _side_points()["right", _right(text, end, cuts.word_at)]
+    )
+    # Most candidates end here: nothing that is still to be seen would make them a name.
+    if points + best_left + best_cuts <= MIN_POINTS:
+        return points
+    points += _side_points()["left", _left(text, start, cuts.word_at)]
+    if points + best_cuts <= MIN_POINTS:
+        return points
+    for mark in _word_marks(text, start, size, end, cuts):
+        points += _weights().get(mark, 0.0)
     return points
 
 
 @cache
-def _best_rest() -> float:
-    """No less than what the marks after the right one can add: a left one, and where the dictionary cuts."""
+def _best_rest() -> tuple[float, float]:
+    """No less than what the left mark, and the marks after it, can add."""
     best: dict[str, float] = {}
     for mark, weight in _weights().items():
         kind = " ".join(mark.split()[:2]) if mark.startswith("cut ") else mark.split()[0]
         best[kind] = max(best.get(kind, 0.0), weight)
-    return best["left"] + sum(weight for kind, weight in best.items() if kind.startswith("cut "))
+    ends = max(best["cut before"], best["cut head"]) + max(best["cut after"], best["cut rest"]) + best["cut fits"]
+    return best["left"], max(best["cut exact"], best["cut over"], ends)
+
+
+@cache
+def _head_points() -> dict[tuple[str, int, int], float]:
+    """What the marks of a name's own characters add up to: by kind of surname, known and all given characters."""
+    weights = _weights()
+    return {
+        (kind, known, given): sum(weights.get(mark, 0.0) for mark in _head_marks(kind, known, given))
+        for kind in ("double", "grammar", "word", "single")
+        for given in (1, 2)
+        for known in range(given + 1)
+    }
+
+
+@cache
+def _side_points() -> dict[tuple[str, str], float]:
+    """By side and what stands there."""
+    kinds = ("cue", "weak", "inside", "edge", "verb", "noun", "none")
+    return {(side, kind): _weights().get(f"{side} {kind}", 0.0) for side in ("left", "right") for kind in kinds}
 
 
 def marks(text: str, start: int, size: int, given: int, cuts: Cuts) -> Iterator[str]:
     """What is seen of a candidate; each mark has its weight in zh_name_weights.yaml."""
     end = start + size + given
-    grammar = text[start] in cues("zh_grammar_surnames")
-    surname = "double" if size == 2 else "grammar" if grammar else "word" if text[start] in _rare() else "single"
-    known = sum(char in _given() for char in text[start + size : end])
-    yield from ("bias", f"surname {surname}", f"given {known} of {given}", f"right {_right(text, end, cuts.word_at)}")
+    yield from _head_marks(*_head(text, start, size, end), given)
+    yield f"right {_right(text, end, cuts.word_at)}"
     yield f"left {_left(text, start, cuts.word_at)}"
+    yield from _word_marks(text, start, size, end, cuts)
+
+
+def _head(text: str, start: int, size: int, end: int) -> tuple[str, int]:
+    """The kind of the surname, and how many of the characters after it given names use."""
+    first = text[start]
+    grammar = first in cues("zh_grammar_surnames")
+    kind = "double" if size == 2 else "grammar" if grammar else "word" if first in _rare() else "single"
+    return kind, sum(map(_given().__contains__, text[start + size : end]))
+
+
+def _head_marks(kind: str, known: int, given: int) -> tuple[str, ...]:
+    return "bias", f"surname {kind}", f"given {known} of {given}"
+
+
+def _word_marks(text: str, start: int, size: int, end: int, cuts: Cuts) -> Iterator[str]:
     if text[start:end] in word_set("zh_words"):
         yield "is a word"
     if size == 1 and text[start : start + 2] in word_set("zh_terms"):
@@ -217,14 +261,15 @@ def _title_points(text: str, start: int, size: int, word_at: list[WordAt]) -> fl
 
 def _left(text: str, start: int, word_at: list[WordAt]) -> str:
     """What stands before: a cue, an edge, a weak cue, a word of a kind that names follow, or anything."""
-    before = _sides()[0]
+    before, last, _, _ = _sides()
     if start == 0:
         return "edge"
-    if NAME_EDGE.match(text[start - 1]):
+    char = text[start - 1]
+    if not "\u4e00" <= char <= "\u9fff" and NAME_EDGE.match(char):
         cue = text[max(0, start - 8) : start].rstrip(" :,\t\"'、是为")
         return "cue" if any(before.get(cue[-n:], 0) > 3 for n in range(2, 7)) else "edge"
     listed = 0.0
-    for size in range(1, min(start, 5) + 1):
+    for size in range(1, min(start, 5) + 1) if char in last else ():
         listed = max(listed, before.get(text[start - size : start], 0.0))
     word_start, word, tag = word_at[start - 1]
     if listed:
@@ -236,11 +281,12 @@ def _left(text: str, start: int, word_at: list[WordAt]) -> str:
 
 def _right(text: str, end: int, word_at: list[WordAt]) -> str:
     """The same for what stands after."""
-    if end == len(text) or NAME_EDGE.match(text[end]):
+    char = text[end : end + 1]
+    if not "\u4e00" <= char <= "\u9fff" and (not char or NAME_EDGE.match(char)):
         return "edge"
-    after = _sides()[1]
+    _, _, after, first = _sides()
     listed = 0.0
-    for size in range(1, 5):
+    for size in range(1, 5) if char in first else ():
         listed = max(listed, after.get(text[end : end + size], 0.0))
     word_start, _, tag = word_at[end]
     if listed:

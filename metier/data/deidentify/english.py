@@ -2,7 +2,7 @@
 
 A run of capitalised words is read word by word: first name, last name, everyday word, medicine's word, place, or
 unknown. Titles, cue words, name lists and what follows (`disease`, `Inc`, `said`) decide. Word lists: lists/README.md.
-Limits: names in lower case are found after a cue or as a first and last name that are no everyday words.
+Limits: names in lower case are lower_case.py's.
 """
 
 from __future__ import annotations
@@ -11,10 +11,12 @@ import re
 from collections.abc import Iterator
 from functools import cache
 
-from metier.data.deidentify.lexicon import cues, word_set, words
+from metier.data.deidentify.lexicon import alternatives, cues, word_set, words
 from metier.data.deidentify.spans import Span
 
-LETTER = "A-Za-z\u00c0-\u024f"
+LETTER = "A-Za-z\u00c0-\u02af\u0300-\u036f\u1e00-\u1eff"  # with combining accents
+CAPITAL = "A-Z" + "".join(chr(c) for c in (*range(0xC0, 0x250), *range(0x1E00, 0x1F00)) if chr(c).isupper())
+HAS_CAPITAL = re.compile(f"[{CAPITAL}]")
 WORD = re.compile(rf"(?<![0-9{LETTER}])[{LETTER}]+(?:['-][{LETTER}]+)*(?![0-9{LETTER}])")
 _ORG_MORE = re.compile(r"(?:\.?,? ?(?:& )?(?:Co|KGaA|KG|OHG|OG|GesbR|mbH|Inc|Ltd|LLC|LLP|S\.?A|AG)\b\.?)+")
 _ORG_CUES = re.compile(
@@ -31,7 +33,7 @@ _BEFORE = re.compile(
     r"customer|student|teacher|employee|"
     r"nurse|tutor|pupil|coach|trainer|lecturer|trustee|reviewer|signature|present|absent|witnesses|doctor|physician|surgeon|attorney|lawyer|tenant|landlord|guarantor|borrower|beneficiary|"
     r"applicant|witness|plaintiff|defendant|author|authors|spoke (?:with|to)|talk(?:ed|ing)? (?:with|to)|"
-    r"met(?: with)?|ask(?:ed)?|tell|told|call(?:ed)?|"
+    r"met(?: with)?|ask(?:ed)?|tell|told|call(?:ed)?|saw|seen|visited|married|thanked|treated|helped|examined|"
     r"email(?:ed)?|text(?:ed)?|invite[ds]?|wife|husband|spouse|mother|father|mom|dad|son|daughter|brother|"
     r"sister|friend|partner|boss|colleague|neighbor|cousin|fianc[eé]e?|girlfriend|boyfriend|by|from|to|"
     r"with|between|and|for|seen by|referred by|written by|discussed with|cc|owner|holder|cardholder|"
@@ -41,7 +43,8 @@ _BEFORE = re.compile(
 )
 _IN = re.compile(r"\b(?:in|near|from|to|at|visit|visiting|around|outside|for|of) $")
 _WEAK = re.compile(
-    r"\b(?:by|from|to|with|between|and|for|thanks|best|it's|call(?:ed)?|attention)[:,]?[ \n\"'(-]{1,3}$", re.IGNORECASE
+    r"\b(?:by|from|to|with|between|and|for|thanks|best|it's|call(?:ed)?|contact|attention)[:,]?[ \n\"'(-]{1,3}$",
+    re.IGNORECASE,
 )
 # What ends a company's name and nothing else's.
 COMPANY_FORMS = {
@@ -49,24 +52,24 @@ COMPANY_FORMS = {
     "sons", "pty", "bv", "nv", "ohg", "mbh", "kg", "co",
 }  # fmt: skip
 SURE_BESIDE = 0.6
-_BESIDE_BEFORE = re.compile(rf"(?<![{LETTER}.-])([A-Z][a-z\u00df-\u024f'-]+)(?:,? and| or| &) $")
-_BESIDE_AFTER = re.compile(rf"(?:,? and| or| &) ([A-Z][a-z\u00df-\u024f'-]+)(?![{LETTER}-]| [A-Z])")
-_SELF = re.compile(
-    rf"\b(?i:my name is|my name's|i am called|name:|named|call me|signed,?|mr\.?|mrs\.?|ms\.?|dr\.?|"
-    rf"dear) ((?:[{LETTER}]+(?:['-][{LETTER}]+)*\.?)(?: [{LETTER}]\b\.?)?(?: [{LETTER}]+(?:['-][{LETTER}]+)*)?)"
-)
+_ARTICLE = re.compile(r"\b(?:an?|the|your|our|my|no|any|every|each|this) $", re.IGNORECASE)
+_BESIDE_BEFORE = re.compile(rf"(?<![{LETTER}.-])([A-Z][a-z\u00df-\u02af\u1e00-\u1eff'-]+)(?:,? and| or| &) $")
+_BESIDE_AFTER = re.compile(rf"(?:,? and| or| &) ([A-Z][a-z\u00df-\u02af\u1e00-\u1eff'-]+)(?![{LETTER}-]| [A-Z])")
 _AFTER = re.compile(
     r"(?:'s (?:mother|father|wife|husband|son|daughter|account|email|address|phone|number|report|birthday|"
     r"house|card|office|file|record|records|name|case|order|request|new|old|car)\b|,? (?:said|says|wrote|"
     r"writes|told|asked|asks|called|called|emailed|replied|added|lives|lived|works|worked|was born|is a|"
     r"was a|has been|is my|is the|and I|will be|would like|wants|needs|went|came|reported|complain|"
-    r"complained|denies|presented|signed|agreed|paid|owes|joined|MD|M\.D|PhD|RN|Jr|Sr|Esq|III|II)\b|"
+    r"complained|denies|presented|signed|agreed|paid|owes|joined|speaks|spoke|left|forgot|missed|scored|"
+    r"teaches|taught|studied|bought|sold|ordered|requested|claims|claimed|confirmed|refused|suffers|suffered|"
+    r"thinks|believes|knows|knew|hopes|likes|loves|sent|drove|resigned|retired|died|moved|married|won|"
+    r"MD|M\.D|PhD|RN|Jr|Sr|Esq|III|II)\b|"
     r",? (?:born|aged|age|\d{1,3} years?|DOB|SSN|MRN)\b)"
 )
 
 
 @cache
-def _kinds() -> dict[str, str]:
+def kinds_of_words() -> dict[str, str]:
     """Each known word's kind: f first name, l last name, b both a word and a name, w word, c city, m medicine's."""
     kinds = dict.fromkeys(word_set("en_medical"), "m")
     kinds |= dict.fromkeys((w for w in words("en_cities") if " " not in w), "c")
@@ -92,8 +95,7 @@ def _word_ends() -> tuple[str, ...]:
 @cache
 def terms() -> re.Pattern[str]:
     """The terms of the fields, which are never names."""
-    long = sorted(words("en_terms"), key=len, reverse=True)
-    return re.compile(rf"(?<![{LETTER}])(?:{'|'.join(map(re.escape, long))})(?![{LETTER}])")
+    return re.compile(rf"(?<![{LETTER}]){alternatives(words('en_terms'))}(?![{LETTER}])")
 
 
 Run = list[re.Match[str]]
@@ -107,7 +109,6 @@ def find_english(text: str) -> tuple[list[Span], list[tuple[int, int]]]:
         shouting = text.isupper()
         for run in _runs(text):
             spans.extend(_read_run(text, run, shouting))
-    spans.extend(_lower_names(text))
     return spans, protected
 
 
@@ -170,7 +171,7 @@ def kind_of(word: str) -> str:
         return "w" if word in "AI" else "i"
     if low in cues("en_titles"):
         return "t"
-    kind = _kinds().get(low)
+    kind = kinds_of_words().get(low)
     if word.isupper():
         return "b" if kind in ("f", "l", "b") else "w"
     if kind:
@@ -185,7 +186,7 @@ def kind_of(word: str) -> str:
         parts = [kind_of(part) for part in word.split("-") if part]
         return "w" if "w" in parts or "m" in parts else "l" if "l" in parts or "f" in parts else "?"
     for suffix in ("s", "es", "ing", "ed", "ly", "er", "ers"):
-        if low.endswith(suffix) and _kinds().get(low[: -len(suffix)]) in ("w", "m"):
+        if low.endswith(suffix) and kinds_of_words().get(low[: -len(suffix)]) in ("w", "m"):
             return "w"
     return "?"
 
@@ -259,7 +260,7 @@ def _titled(text: str, run: Run, kinds: list[str], i: int) -> Iterator[Span]:
         return
     if head_after(text, run[last].end()):
         return
-    yield Span(run[i + 1].start(), _without_s(run[last]), "PERSON", 0.93)
+    yield Span(run[i + 1].start(), without_s(run[last]), "PERSON", 0.93)
 
 
 def _names_in(text: str, run: Run, kinds: list[str], shouting: bool) -> Iterator[Span]:
@@ -283,7 +284,7 @@ def _names_in(text: str, run: Run, kinds: list[str], shouting: bool) -> Iterator
         score = _score(text, run[i : j + 1], stretch, shouting)
         if score >= 0.5:
             kind = "LOCATION" if set(stretch) == {"c"} else "PERSON"
-            yield Span(run[i].start(), _without_s(run[j]), kind, score)
+            yield Span(run[i].start(), without_s(run[j]), kind, score)
         i = j + 1
 
 
@@ -294,9 +295,9 @@ def _is_particle(run: Run, i: int) -> bool:
 def _score(text: str, stretch: Run, kinds: str, shouting: bool) -> float:
     if head_after(text, stretch[-1].end()) or (len(stretch) == 1 and _is_code(stretch[0].group(), shouting)):
         return 0.0
-    start, end = stretch[0].start(), _without_s(stretch[-1])
+    start, end = stretch[0].start(), without_s(stretch[-1])
     before = _BEFORE.search(text[max(0, start - 30) : start])
-    strong = before is not None and not _WEAK.search(text[max(0, start - 30) : start])
+    strong = cued(text, start)
     after = _AFTER.match(text, end) is not None
     names = sum(kind in "fl?" for kind in kinds)
     evidence = 0.3 * strong + 0.15 * (before is not None) + 0.2 * after
@@ -322,9 +323,19 @@ def _score(text: str, stretch: Run, kinds: str, shouting: bool) -> float:
     evidence += 0.3 * (_ORG_CUES.search(text[max(0, start - 24) : start]) is not None)
     evidence += 0.12 * ("-" in stretch[0].group() and kinds == "l")
     base = {"f": 0.55, "l": 0.45, "?": 0.46, "b": 0.15, "c": 0.5}.get(kinds, 0.0)
-    if starts_sentence(text, stretch[0].start()) and not strong:
+    first = starts_sentence(text, start) and not text[:start].endswith(": ")
+    if first and not strong:
         base -= 0.12
-    return min(base + evidence + (0.05 if kinds in "l?" and not starts_sentence(text, stretch[0].start()) else 0), 0.9)
+    if kinds == "l" and not evidence and _is_plural(only):
+        base -= 0.3
+    if not evidence and _ARTICLE.search(text[max(0, start - 8) : start]):
+        base -= 0.1
+    return min(base + evidence + (0.05 if kinds in "l?" and not first else 0), 0.9)
+
+
+def _is_plural(word: str) -> bool:
+    """Whether a last name is an everyday word's plural too: Bonds, Staples."""
+    return word.endswith("s") and kinds_of_words().get(word[:-1].lower()) == "w"
 
 
 def _is_code(word: str, shouting: bool) -> bool:
@@ -332,43 +343,23 @@ def _is_code(word: str, shouting: bool) -> bool:
     return not shouting and len(word) > 1 and word.isupper()
 
 
+def cued(text: str, start: int) -> bool:
+    """Whether what stands before `start` announces a name, and nothing but a name: `tell`, `patient`."""
+    before = text[max(0, start - 30) : start]
+    return _BEFORE.search(before) is not None and not _WEAK.search(before)
+
+
 def head_after(text: str, end: int) -> bool:
     """Whether what an eponym is followed by stands at `end`: disease, score."""
     if text[end - 2 : end] in ("'s", "'S") and _AFTER.match(text, end - 2):
         return False  # Lopez's number
-    follow = re.match(rf"(?:'s|s')?[ -]([{LETTER}]+)", text[end : end + 40])
-    return follow is not None and follow.group(1).lower() in cues("en_heads")
+    follow = re.match(rf"('s|s')?[ -]([{LETTER}]+)", text[end : end + 40])
+    if follow is None or follow.group(2).lower() not in cues("en_heads"):
+        return False
+    owned = follow.group(1) or text[end - 2 : end] in ("'s", "'S")
+    return not (owned and follow.group(2).lower() in cues("en_owned"))  # Scott's fever is Scott's
 
 
-def _without_s(word: re.Match[str]) -> int:
+def without_s(word: re.Match[str]) -> int:
+    """Where a word ends without its possessive."""
     return word.end() - 2 if word.group().endswith(("'s", "'S")) else word.end()
-
-
-def _lower_names(text: str) -> Iterator[Span]:
-    """Names without capitals: after `my name is` and the like, or a first and a last name that are no words."""
-    for match in _SELF.finditer(text):
-        parts = match.group(1).split(" ")
-        length, taken = 0, 0
-        for part in parts:
-            bare = part.rstrip(".")
-            plain = "wmt" if taken else "wmtb"
-            if (
-                bare in ("a", "i")
-                or bare.lower() in cues("en_particles")
-                or (len(bare) > 1 and kind_of(bare) in (plain if bare.islower() else "wmt"))
-            ):
-                break
-            length += len(part) + 1
-            taken += len(bare) > 1
-        if taken:
-            end = match.start(1) + length - 1
-            yield Span(match.start(1), end - text[end - 1 : end].count("."), "PERSON", 0.85)
-    kinds = _kinds()
-    pairs = list(WORD.finditer(text)) if text.islower() else []
-    for one, two in zip(pairs, pairs[1:], strict=False):
-        if (
-            text[one.end() : two.start()] == " "
-            and kinds.get(one.group()) == "f"
-            and kinds.get(two.group(), "?") in "l?f"
-        ):
-            yield Span(one.start(), _without_s(two), "PERSON", 0.7)

@@ -9,7 +9,7 @@ import re
 from collections.abc import Iterator
 from functools import cache
 
-from metier.data.deidentify.english import LETTER, kind_of
+from metier.data.deidentify.english import HAS_CAPITAL, LETTER, kind_of
 from metier.data.deidentify.lexicon import alternatives, cues, words
 from metier.data.deidentify.spans import Span
 
@@ -24,7 +24,7 @@ _TOWN = re.compile(
 _VERSUS = re.compile(rf"((?:[A-Z][{LETTER}'-]+ )*[A-Z][{LETTER}'-]+) vs?\. ((?:d[aeu] )?[A-Z][{LETTER}'-]+)")
 _FORM = re.compile(
     rf"(?:[A-Z\u00c0-\u00de][{LETTER}'-]+,? (?:& |and |és )?){{1,5}}(?:társa )?"
-    rf"(?:A/S|ApS|s\.r\.o|a\.s|d\.o\.o|z o\.o|Oyj?|AB|ASA?|"
+    rf"(?:A/S|ApS|s\.r\.o|a\.s|j?\.?d\.o\.o|d\.d|HB|KB|z o\.o|Oyj?|AB|ASA?|"
     rf"S\.p\.A|S\.r\.l|SARL|SAS|SA|SL|Kft|Zrt|Nyrt|Kht|Kkt|Bt|B\.V|N\.V|S\.A|S\.L|Ltda|Lda)(?![{LETTER}])\.?"
 )
 _WORD = re.compile(rf"[{LETTER}]+")
@@ -36,9 +36,11 @@ _HONORIFIC = re.compile(
 
 def find_english_places(text: str) -> list[Span]:
     """Spans of folded `text`."""
-    spans = [*_firms(text), *_places_and_cases(text)]
-    spans += [Span(_own_start(match), match.end(), "ORGANIZATION", 0.76) for match in _FORM.finditer(text)]
-    spans += [Span(*match.span(), "TITLE", 0.7) for match in _HONORIFIC.finditer(text)]
+    spans: list[Span] = []
+    if HAS_CAPITAL.search(text):
+        spans += [*_firms(text), *_places_and_cases(text)]
+        spans += [Span(_own_start(match), match.end(), "ORGANIZATION", 0.76) for match in _FORM.finditer(text)]
+        spans += [Span(*match.span(), "TITLE", 0.7) for match in _HONORIFIC.finditer(text)]
     if not _country_words().isdisjoint(_WORD.findall(text.lower())):
         spans += [Span(*match.span(), "COUNTRY", 0.7) for match in _countries().finditer(text)]
         spans += [Span(*match.span(), "NRP", 0.7) for match in _nationalities().finditer(text)]
@@ -84,5 +86,6 @@ def _places_and_cases(text: str) -> Iterator[Span]:
 def _firms(text: str) -> Iterator[Span]:
     for match in _FIRM.finditer(text) if " and " in text or "&" in text else ():
         kinds = [kind_of(word) for word in re.findall(rf"[A-Z][{LETTER}'-]+", match.group())]
-        if all(kind in "lfb?c" for kind in kinds):
+        people = kinds.count("f") > 1 and "l" not in kinds  # Anna, Hugo and Melissa
+        if all(kind in "lfb?c" for kind in kinds) and not people:
             yield Span(*match.span(), "ORGANIZATION", 0.72)

@@ -11,7 +11,16 @@ import re
 from collections.abc import Iterable, Iterator
 from functools import cache
 
-from metier.data.deidentify.english import LETTER, WORD, head_after, kind_of, starts_sentence, terms
+from metier.data.deidentify.english import (
+    CAPITAL,
+    HAS_CAPITAL,
+    LETTER,
+    WORD,
+    head_after,
+    kind_of,
+    starts_sentence,
+    terms,
+)
 from metier.data.deidentify.lexicon import cues, word_set
 from metier.data.deidentify.spans import Span
 
@@ -20,10 +29,12 @@ FIRST_WORD = 0.7  # and that begins a sentence
 NAMES = {"PERSON", "LOCATION", "ORGANIZATION"}
 _BEFORE_ADDRESS = re.compile(r"(?:(?i:no)\.? ?)?\d[\d/-]{0,8}[A-Za-z]?,? $")
 _AFTER_ADDRESS = re.compile(
-    rf",? \d{{1,5}}[A-Za-z]?(?![\w.%])(?:,? [A-Z\u00c0-\u00de][{LETTER}-]+)?|"
+    rf",? \d{{1,5}}[A-Za-z]?(?![\w.%])(?:,? [{CAPITAL}][{LETTER}-]+)?|"
     r",? (?i:s/n)\b| / [A-Z]{2}\b| \([A-Z]{2}\)"
 )
-_CAPITAL = re.compile("[A-Z\u00c0-\u00de]")
+_BEFORE_TOWN = re.compile(
+    r"\b(?:north|south|east|west|new|port|lake|saint|st\.?|mount|fort|san|santa|el|los|las) $", re.IGNORECASE
+)
 _NUMBER_CUE = re.compile(
     r"(?:\b(?:no|nos|number|numbers|house|home|apartment|apt|flat|building|unit|suite|room|box|at|door)\b[.:#]? ?|#)$",
     re.IGNORECASE,
@@ -39,9 +50,11 @@ def _gap() -> re.Pattern[str]:
 
 def plausible(text: str, words: Iterable[Span]) -> list[Span]:
     """Spans of what a model found in folded `text`, joined over small gaps; their scores are at least 0.5."""
-    mixed = _CAPITAL.search(text) is not None
+    mixed = HAS_CAPITAL.search(text) is not None
     kept = [word for word in words if word.score >= _needed(text, word, mixed)]
     spans = [_grown(text, span) for span in _joined(text, kept)]
+    if mixed:
+        spans = [s for s in spans if s.entity_type != "ADDRESS" or not _everyday(text[s.start : s.end])]
     return [s for s in spans if _may_be(text, s) and (not _is_number(text, s) or _beside_street(text, s, spans))]
 
 
@@ -51,14 +64,18 @@ def _needed(text: str, word: Span, mixed: bool) -> float:
     if not value[:1].isalpha() or word.entity_type not in NAMES | {"ADDRESS"}:
         return 0.0
     low = value.lower()
+    if low in cues("en_greetings"):
+        return 2.0
     kind = kind_of(value.title() if value.islower() else value)
     known = kind in "wmt" or low in cues("en_function")
     if value == low:
-        if word.entity_type == "ADDRESS" or low in cues("en_particles"):
+        if low in cues("en_particles"):
             return 0.0
+        if word.entity_type == "ADDRESS":
+            return 2.0 if low in cues("en_function") else 0.0
         if mixed:
-            return 0.97 if known else 0.7
-        return 0.8 if known else 0.35
+            return 0.97 if known else 0.9 if kind == "b" else 0.7
+        return 0.8 if known else 0.3 if kind == "b" else 0.2
     if starts_sentence(text, word.start):
         return FIRST_WORD if known else 0.6 if kind == "b" else 0.0
     return 0.4 if known and kind != "b" else 0.0
@@ -78,10 +95,12 @@ def _joined(text: str, words: list[Span]) -> Iterator[Span]:
 
 
 def _grown(text: str, span: Span) -> Span:
-    """An address with the number before it, and number, town and province behind."""
+    """A town with its `West` or `San`; an address with the number before it, and number, town and province behind."""
     if span.entity_type not in ("ADDRESS", "LOCATION"):
         return span
     start, end = span.start, span.end
+    if before := _BEFORE_TOWN.search(text, max(0, start - 8), start):
+        start = before.start()
     if before := _BEFORE_ADDRESS.search(text, max(0, start - 14), start):
         start = before.start()
     for _ in range(3):
@@ -99,12 +118,18 @@ def _may_be(text: str, span: Span) -> bool:
         m.start() <= span.start and span.end <= m.end() for m in terms().finditer(text)
     ):
         return False
-    if value in word_set("en_countries"):
+    lower_country = value.title() in word_set("en_countries") and value not in word_set("en_first")
+    if value in word_set("en_countries") or lower_country:
         return False
     found = WORD.findall(value)
     if any(char.isdigit() for char in value) or any(kind_of(w) not in "wmt" or w[0].islower() for w in found):
         return True
     return span.score >= EVERYDAY and any(kind_of(w) == "w" and not w.isupper() for w in found)
+
+
+def _everyday(value: str) -> bool:
+    """Whether all of an address are everyday words in lower case, which is none in a text with capitals."""
+    return all(word.islower() and kind_of(word.title()) == "w" for word in value.split())
 
 
 def _is_number(text: str, span: Span) -> bool:
@@ -116,5 +141,5 @@ def _beside_street(text: str, span: Span, spans: list[Span]) -> bool:
     if any(s is not span and s.start - 4 <= span.end and span.start <= s.end + 4 for s in spans):
         return True
     return _NUMBER_CUE.search(text[max(0, span.start - 12) : span.start]) is not None or (
-        re.match(rf"[ ,]{{1,2}}[A-Z\u00c0-\u00de][{LETTER}]", text[span.end :]) is not None
+        re.match(rf"[ ,]{{1,2}}[{CAPITAL}][{LETTER}]", text[span.end :]) is not None
     )

@@ -65,6 +65,8 @@ def _after_cues(text: str, language: str, has_digit: bool) -> Iterator[Span]:
     lowered = text.lower()
     if len(lowered) != len(text):
         lowered = "".join(char.lower() if len(char.lower()) == 1 else char for char in text)
+    if not has_digit and not _wordy_cues(language).search(lowered):
+        return
     labels = [match.span() for match in LABEL.finditer(text)] if "[" in text else []
     for match in scan.finditer(lowered):
         start, end = match.span()
@@ -128,3 +130,10 @@ def _cues(language: str) -> tuple[re.Pattern[str], dict[str, list[Pattern]]]:
             for cue in entry["cues"]:
                 by_cue.setdefault(cue.lower(), []).append(pattern)
     return re.compile(alternatives(by_cue)), by_cue
+
+
+@cache
+def _wordy_cues(language: str) -> re.Pattern[str]:
+    """The cues after which a value without a digit may stand."""
+    _, by_cue = _cues(language)
+    return re.compile(alternatives(c for c, found in by_cue.items() if any(pattern.needs != "0" for pattern in found)))
