@@ -10,7 +10,10 @@ several adapters the padding is the last one's, and where each begins and ends i
 
 from __future__ import annotations
 
+import contextlib
+import gc
 from collections import Counter
+from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
@@ -190,13 +193,31 @@ class GraphedPasses:
             torch.cuda.current_stream().wait_stream(stream)
             if self.pool is None:
                 self.pool = torch.cuda.graph_pool_handle()
-            with torch.cuda.graph(graph, pool=self.pool, stream=stream):
+            with _no_collection(), torch.cuda.graph(graph, pool=self.pool, stream=stream):
                 losses = once()
-        except torch.OutOfMemoryError as error:
-            error.__traceback__ = None  # its frames hold the activations
+        except RuntimeError as error:
+            # Out of memory while recording: leaving the recording then fails as well, and its error comes on top.
+            if not isinstance(error, torch.OutOfMemoryError) and not isinstance(
+                error.__context__, torch.OutOfMemoryError
+            ):
+                raise
+            error.__traceback__ = error.__context__ = None  # their frames hold the activations
             self.recorded.clear()
             self.pool, self.max_graphs = None, 0
         return _Recorded(graph, buffers, losses) if self.max_graphs else None
+
+
+@contextlib.contextmanager
+def _no_collection() -> Iterator[None]:
+    """No garbage collection inside: freeing an old graph while one is recorded breaks the recording."""
+    gc.collect()
+    was_on = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_on:
+            gc.enable()
 
 
 def padded_inputs(batch: Any, bucket: Bucket) -> dict[str, torch.Tensor]:
