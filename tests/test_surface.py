@@ -46,7 +46,7 @@ COMMANDS = {
     "sweep": "recipe --out --set",
     "prepare": "recipe --out --set",
     "inspect": "recipe --records --set",
-    "plan": "recipe --card --memory --set --shape",
+    "plan": "recipe --card --memory --processes --set --shape",
     "train": "recipe --out --set",
     "evaluate": "recipe --out --reference --set",
     "trace": "runs --subject",
