@@ -43,8 +43,7 @@ _BEFORE = re.compile(
 )
 _IN = re.compile(r"\b(?:in|near|from|to|at|visit|visiting|around|outside|for|of) $")
 _WEAK = re.compile(
-    r"\b(?:by|from|to|with|between|and|for|thanks|best|it's|call(?:ed)?|contact|attention)[:,]?[ \n\"'(-]{1,3}$",
-    re.IGNORECASE,
+    r"\b(?:by|from|to|with|between|and|for|thanks|best|it's|call(?:ed)?|attention)[:,]?[ \n\"'(-]{1,3}$", re.IGNORECASE
 )
 # What ends a company's name and nothing else's.
 COMPANY_FORMS = {
@@ -52,7 +51,7 @@ COMPANY_FORMS = {
     "sons", "pty", "bv", "nv", "ohg", "mbh", "kg", "co",
 }  # fmt: skip
 SURE_BESIDE = 0.6
-_ARTICLE = re.compile(r"\b(?:an?|the|your|our|my|no|any|every|each|this) $", re.IGNORECASE)
+_ARTICLE = re.compile(r"\b(?:an?|the) $", re.IGNORECASE)
 _BESIDE_BEFORE = re.compile(rf"(?<![{LETTER}.-])([A-Z][a-z\u00df-\u02af\u1e00-\u1eff'-]+)(?:,? and| or| &) $")
 _BESIDE_AFTER = re.compile(rf"(?:,? and| or| &) ([A-Z][a-z\u00df-\u02af\u1e00-\u1eff'-]+)(?![{LETTER}-]| [A-Z])")
 _AFTER = re.compile(
@@ -181,7 +180,7 @@ def kind_of(word: str) -> str:
         return "w"  # MedlinePlus, IgM
     if low.endswith("'s"):
         return kind_of(word[:-2])
-    if low.endswith(_word_ends()):
+    if low.isascii() and low.endswith(_word_ends()):
         return "w"
     if "-" in word:
         parts = [kind_of(part) for part in word.split("-") if part]

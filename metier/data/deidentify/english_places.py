@@ -9,7 +9,7 @@ import re
 from collections.abc import Iterator
 from functools import cache
 
-from metier.data.deidentify.english import HAS_CAPITAL, LETTER, kind_of
+from metier.data.deidentify.english import CAPITAL, HAS_CAPITAL, LETTER, kind_of
 from metier.data.deidentify.lexicon import alternatives, cues, words
 from metier.data.deidentify.spans import Span
 
@@ -84,8 +84,13 @@ def _places_and_cases(text: str) -> Iterator[Span]:
 
 
 def _firms(text: str) -> Iterator[Span]:
+    """Last names that make a firm; where they are first names, a list of people: Anna, Hugo and Melissa."""
     for match in _FIRM.finditer(text) if " and " in text or "&" in text else ():
-        kinds = [kind_of(word) for word in re.findall(rf"[A-Z][{LETTER}'-]+", match.group())]
-        people = kinds.count("f") > 1 and "l" not in kinds  # Anna, Hugo and Melissa
-        if all(kind in "lfb?c" for kind in kinds) and not people:
+        names = list(re.finditer(rf"[{CAPITAL}][{LETTER}'-]+", match.group()))
+        kinds = [kind_of(name.group()) for name in names]
+        if not all(kind in "lfb?c" for kind in kinds):
+            continue
+        if kinds.count("f") > 1 and "l" not in kinds:
+            yield from (Span(match.start() + n.start(), match.start() + n.end(), "PERSON", 0.7) for n in names)
+        else:
             yield Span(*match.span(), "ORGANIZATION", 0.72)

@@ -63,16 +63,19 @@ def _pairs(text: str, found: list[re.Match[str]]) -> Iterator[Span]:
         last = two.group()
         if text[one.end() : two.start()] != " " or kinds.get(one.group()) != "f" or last in cues("en_function"):
             continue
-        if kind_of(last.title()) in "l?f":
+        verb = last.endswith("s") and kinds.get(last[:-1]) == "w"  # carrie speaks
+        if kinds.get(last, "?") in "l?f" and not verb:
             yield Span(one.start(), without_s(two), "PERSON", 0.7)
 
 
 def _after_cues(text: str, found: list[re.Match[str]]) -> Iterator[Span]:
     """A word that is none of the dictionary's, or a name, behind a cue: `tell unni`; both sides of `x v. y`."""
     for word in found:
-        name = kind_of(word.group().title()) in "fl?" and word.group() not in cues("en_function")
-        if name and len(word.group()) > 2 and cued(text, word.start()) and not head_after(text, word.end()):
-            yield Span(word.start(), without_s(word), "PERSON", 0.6)
+        token, start = word.group(), word.start()
+        if len(token) < 3 or token in cues("en_function") or kind_of(token.title()) not in "fl?":
+            continue
+        if cued(text, start) and not text.endswith("contact ", 0, start) and not head_after(text, word.end()):
+            yield Span(start, without_s(word), "PERSON", 0.6)
     for match in _VERSUS.finditer(text):
         if kind_of(match.group(1).title()) in "flb?" and kind_of(match.group(2).title()) in "flb?":
             yield Span(*match.span(1), "PERSON", 0.6)
