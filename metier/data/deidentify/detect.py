@@ -16,6 +16,7 @@ from metier.data.deidentify.english import LETTER, companions, find_english
 from metier.data.deidentify.english_places import find_english_places
 from metier.data.deidentify.lower_case import find_lower_case
 from metier.data.deidentify.models import find_with_models, plausible
+from metier.data.deidentify.other_scripts import find_other_scripts
 from metier.data.deidentify.patterns import LABEL, find_patterns
 from metier.data.deidentify.spans import Span, fold, resolve, unfold
 
@@ -98,6 +99,7 @@ def _read(text: str, zh: bool, en: bool, more: Sequence[str]) -> tuple[list[Span
         found += plausible(text, (s for s in marked if not _HAN.search(text, s.start, s.end)))
         spans += [s for s in found if s.score >= 0.9 or s.entity_type not in NAMED or not _inside(s, terms)]
         spans += find_addresses(words)
+    spans += find_other_scripts(text)
     if "[" in text:
         protected += [match.span() for match in LABEL.finditer(text)]
     return spans, protected

@@ -203,6 +203,9 @@ def _kind_in(text: str, word: re.Match[str], shouting: bool) -> str:
 def _read_run(text: str, run: Run, shouting: bool) -> Iterator[Span]:
     kinds = [_kind_in(text, word, shouting) for word in run]
     lows = [word.group().lower() for word in run]
+    for i in range(1, len(run)):  # Diana Kalvaitis: behind a first name an ending makes no word
+        if kinds[i] == "w" and kinds[i - 1] == "f" and lows[i] not in kinds_of_words() and run[i].group()[1:].islower():
+            kinds[i] = "?"
     end = _org_end(lows)
     if end is not None:
         first = _org_start(text, run, lows, end)

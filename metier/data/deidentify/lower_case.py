@@ -25,6 +25,7 @@ _FIRM_END = re.compile(
     r"clinic|group)\b"
 )
 _STREET = re.compile(rf"\b([{LETTER}'-]+) (?:street|avenue|road|boulevard|lane|drive|terrace|crescent)\b")
+_HERE = re.compile(rf"\b(?:[Hh]i|[Hh]ello|[Hh]ey|[Dd]ear)[,!]? ([{LETTER}'-]{{3,}})(?= here\b|,)")
 _VERSUS = re.compile(rf"\b([{LETTER}'-]+) vs?\. ([{LETTER}'-]+)")
 _PARTNERS = re.compile(rf"\b([{LETTER}'-]+), ([{LETTER}'-]+),? and ([{LETTER}'-]+)\b")
 FEW = 0.25  # of an English text's words have accents
@@ -40,6 +41,7 @@ def find_lower_case(text: str) -> Iterator[Span]:
             plain = "wmt" if taken else "wmtb"
             if (
                 bare in ("a", "i")
+                or (taken and bare.islower() and not parts[0].islower())  # Mr. Smith denies
                 or bare.lower() in cues("en_particles")
                 or (len(bare) > 1 and kind_of(bare) in (plain if bare.islower() else "wmt"))
             ):
@@ -49,6 +51,9 @@ def find_lower_case(text: str) -> Iterator[Span]:
         if taken:
             end = match.start(1) + length - 1
             yield Span(match.start(1), end - text[end - 1 : end].count("."), "PERSON", 0.85)
+    for match in _HERE.finditer(text):
+        if match.group(1).islower() and kind_of(match.group(1).title()) in "flb?":
+            yield Span(*match.span(1), "PERSON", 0.6)
     if text.islower():
         found = list(WORD.finditer(text))
         yield from _pairs(text, found)

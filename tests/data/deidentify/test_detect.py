@@ -197,3 +197,15 @@ def test_a_list_of_first_names_is_people_and_one_of_last_names_a_firm() -> None:
 def test_letters_of_all_latin_scripts_make_whole_names() -> None:
     for name in ("Əjdər Hüseynbəyli", "Trần Phương", "Žydrūnas Čepaitis"):
         assert _found(f"Patient: {name}, seen today.") == [name]
+
+
+def test_names_of_forms_and_of_other_scripts_are_whole_and_dates_stay_dates() -> None:
+    text = "Pt SANTANA, DEBORAH DOB 03/04/1976 SSN 523-45-6789, seen on 12 March 1970. Mr. Smith denies pain."
+    assert _found(text, "PERSON") == ["SANTANA, DEBORAH", "Smith"]
+    assert _found(text, "DATE") == ["03/04/1976", "12 March 1970"] and _found(text, "ADDRESS") == []
+    assert _found("Please send it to Λήδρας 12 and tell Мария Иванова that it went.") == ["Λήδρας 12", "Мария Иванова"]
+    assert _found("The α-helix, ΔG and β-blockers; 5 μg/L.") == []
+
+
+def test_a_surname_before_a_title_is_found_behind_a_preposition() -> None:
+    assert "庞" in _found("由庞主任接诊", "PERSON") and _found("请各主任参会。") == []
