@@ -11,7 +11,7 @@ import re
 from collections.abc import Iterator
 from functools import cache
 
-from metier.data.deidentify.lexicon import cues, word_set, words
+from metier.data.deidentify.lexicon import alternatives, cues, word_set, words
 from metier.data.deidentify.spans import Span
 
 LETTER = "A-Za-z\u00c0-\u02af\u0300-\u036f\u1e00-\u1eff"  # with combining accents
@@ -94,8 +94,7 @@ def _word_ends() -> tuple[str, ...]:
 @cache
 def terms() -> re.Pattern[str]:
     """The terms of the fields, which are never names."""
-    long = sorted(words("en_terms"), key=len, reverse=True)
-    return re.compile(rf"(?<![{LETTER}])(?:{'|'.join(map(re.escape, long))})(?![{LETTER}])")
+    return re.compile(rf"(?<![{LETTER}]){alternatives(words('en_terms'))}(?![{LETTER}])")
 
 
 Run = list[re.Match[str]]

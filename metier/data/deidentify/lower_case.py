@@ -24,7 +24,8 @@ _FIRM_END = re.compile(
     r"\b(?:and sons|llc|llp|inc|ltd|plc|corp|corporation|gmbh|pty|memorial hospital|medical cent(?:er|re)|hospital|"
     r"clinic|group)\b"
 )
-_STREET = re.compile(rf"\b([{LETTER}'-]+) (?:street|avenue|road|boulevard|lane|drive|terrace|crescent)\b")
+_STREETS = ("street", "avenue", "road", "boulevard", "lane", "drive", "terrace", "crescent")
+_STREET = re.compile(rf"\b([{LETTER}'-]+) (?:{'|'.join(_STREETS)})\b")
 _HERE = re.compile(rf"\b(?:[Hh]i|[Hh]ello|[Hh]ey|[Dd]ear)[,!]? ([{LETTER}'-]{{3,}})(?= here\b|,)")
 _VERSUS = re.compile(rf"\b([{LETTER}'-]+) vs?\. ([{LETTER}'-]+)")
 _PARTNERS = re.compile(rf"\b([{LETTER}'-]+), ([{LETTER}'-]+),? and ([{LETTER}'-]+)\b")
@@ -52,7 +53,8 @@ def find_lower_case(text: str) -> Iterator[Span]:
             end = match.start(1) + length - 1
             yield Span(match.start(1), end - text[end - 1 : end].count("."), "PERSON", 0.85)
     for match in _HERE.finditer(text):
-        if match.group(1).islower() and kind_of(match.group(1).title()) in "flb?":
+        name = match.group(1)
+        if name.islower() and name not in cues("en_function") and kind_of(name.title()) in "flb?":
             yield Span(*match.span(1), "PERSON", 0.6)
     if text.islower():
         found = list(WORD.finditer(text))
@@ -64,6 +66,8 @@ def find_lower_case(text: str) -> Iterator[Span]:
 
 def _pairs(text: str, found: list[re.Match[str]]) -> Iterator[Span]:
     kinds = kinds_of_words()
+    if "f" not in map(kinds.get, (word.group() for word in found)):
+        return
     for one, two in zip(found, found[1:], strict=False):
         last = two.group()
         if text[one.end() : two.start()] != " " or kinds.get(one.group()) != "f" or last in cues("en_function"):
@@ -107,11 +111,11 @@ def _firms(text: str) -> Iterator[Span]:
             first = before.group(1) or "to"
             own = first not in cues("en_function") and kind_of(first.title()) in "lf?"
             yield Span(before.start(1) if own else before.start(2), match.end(), "ORGANIZATION", 0.7)
-    for match in _PARTNERS.finditer(text):
+    for match in _PARTNERS.finditer(text) if "," in text else ():
         kinds = "".join(kind_of(word.title()) for word in match.groups())
         people = kinds.count("f") > 1 and "l" not in kinds
         if all(kind in "lf?" for kind in kinds) and kinds.count("?") < 2 and not people:
             yield Span(*match.span(), "ORGANIZATION", 0.6)
-    for match in _STREET.finditer(text):
+    for match in _STREET.finditer(text) if any(word in text for word in _STREETS) else ():
         if kind_of(match.group(1).title()) in "lf?" and match.group(1) not in cues("en_function"):
             yield Span(*match.span(), "ADDRESS", 0.6)
