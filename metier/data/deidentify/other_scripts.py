@@ -17,7 +17,7 @@ _ANY = re.compile(f"[{_LETTERS}]")
 _WORD = rf"[{_LETTERS}][{_LETTERS}\u0300-\u036f'.-]*"
 _RUN = re.compile(rf"(?:\d{{1,5}}[A-Za-z]?,? )?{_WORD}(?: {_WORD})*(?:,? \d{{1,5}}(?![\w.%]))?")
 _SHORT = 3
-MOSTLY = 0.6  # of the letters: the text is in that script
+MOSTLY = 0.85  # of the letters: the text is in that script
 
 
 def find_other_scripts(text: str) -> Iterator[Span]:

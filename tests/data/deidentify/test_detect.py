@@ -209,3 +209,8 @@ def test_names_of_forms_and_of_other_scripts_are_whole_and_dates_stay_dates() ->
 
 def test_a_surname_before_a_title_is_found_behind_a_preposition() -> None:
     assert "庞" in _found("由庞主任接诊", "PERSON") and _found("请各主任参会。") == []
+
+
+def test_a_word_that_may_be_a_name_is_one_where_no_word_has_a_capital_for_show() -> None:
+    assert _found("The sample was mixed up with Snow.") == ["Snow"]
+    assert _found("How can it be that my Card is blocked? Is the Church open?") == []
