@@ -24,7 +24,7 @@ from metier.data.deidentify.surrogates import is_number, own_names
 PLANTED = 500
 SMALL_GROUP = 5
 _DIGITS = re.compile(r"\d(?:[ ./()-]{0,2}\d){6,}")
-_NUMBER = re.compile(r"[+(]{0,2}[0-9A-Za-z]+(?:[ ./()-]{1,2}\d[0-9A-Za-z]*)*")
+_NUMBER = re.compile(r"[+(]{0,2}(?=[A-Za-z]{0,4}\d)[0-9A-Za-z]+(?:[ ./()-]{1,2}\d[0-9A-Za-z]*)*")
 _CAPITALS = re.compile(r"(?<![A-Za-z.])([A-Z][a-z]+) [A-Z][a-z]+")
 _CARRIERS = {
     "zh": ("经办:{}。", "昨天见到{}。", "补充信息:{}\n", "({})"),
