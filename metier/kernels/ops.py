@@ -16,9 +16,10 @@ def _on(x: torch.Tensor, name: str, groups: Any = None) -> Callable[..., Any]:
         return getattr(reference, name)  # type: ignore[no-any-return]
     if not x.is_cuda:
         return cpu.__dict__.get(name) or getattr(reference, name)  # type: ignore[no-any-return]
-    from metier.kernels import triton_groups, triton_rows, triton_swiglu, triton_tiles
+    from metier.kernels import triton_dropout, triton_groups, triton_rows, triton_swiglu, triton_tiles
 
-    for module in (*([triton_groups] if groups is not None else []), triton_swiglu, triton_tiles, triton_rows):
+    grouped = [triton_groups] if groups is not None else []
+    for module in (*grouped, triton_swiglu, triton_tiles, triton_rows, triton_dropout):
         if name in module.__dict__:
             return module.__dict__[name]  # type: ignore[no-any-return]
     return getattr(reference, name)  # type: ignore[no-any-return]
@@ -55,6 +56,10 @@ def rank_gradient(
     dy: torch.Tensor, low: torch.Tensor, ends: tuple[int, ...], groups: reference.Groups | None
 ) -> torch.Tensor:  # fmt: skip
     return _on(dy, "rank_gradient", groups)(dy, low, ends, groups)  # type: ignore[no-any-return]
+
+
+def drop_rows(x: torch.Tensor, dropout: reference.Dropout, site: int, **options: Any) -> torch.Tensor:
+    return _on(x, "drop_rows")(x, dropout, site, **options)  # type: ignore[no-any-return]
 
 
 def rotate(qkv: torch.Tensor, *rest: Any, **options: Any) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:

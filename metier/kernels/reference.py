@@ -16,6 +16,13 @@ SCALE_FLOOR = 1e-12
 MAX_GROUPED_RANK = 64  # the widest that kernels take of several adapters
 
 
+class Dropout(NamedTuple):
+    """Dropout of a pass on what its adapter reads: the probability, and the tokens' keys [M] int32."""
+
+    probability: float
+    keys: torch.Tensor
+
+
 def keyed_dropout(x: torch.Tensor, probability: float, keys: torch.Tensor, site: int) -> torch.Tensor:
     """Dropout on x [..., T, I] whose mask follows from the tokens' `keys` [T] int32 and the site's number alone.
 
@@ -28,6 +35,26 @@ def keyed_dropout(x: torch.Tensor, probability: float, keys: torch.Tensor, site:
     # 31 random bits: the sign is not looked at.
     kept = (_mixed(bits) & 0x7FFFFFFF) >= int(probability * 2**31)
     return x * kept * (1 / (1 - probability))
+
+
+def drop_rows(
+    x: torch.Tensor,
+    dropout: Dropout,
+    site: int,
+    *,
+    rstd: torch.Tensor | None = None,
+    factor: torch.Tensor | None = None,
+    into: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """`keyed_dropout` of x [M, I], or of its normalised form x * rstd * factor with rstd [M] and factor [I].
+
+    Added to `into` [M, I] where it is given.
+    """
+    if rstd is not None and factor is not None:
+        work = x if x.dtype == torch.float64 else x.float()
+        x = (work * rstd[:, None] * factor).to(x.dtype)
+    dropped = keyed_dropout(x, dropout.probability, dropout.keys, site)
+    return dropped if into is None else into.add_(dropped)
 
 
 def _mixed(x: torch.Tensor) -> torch.Tensor:
@@ -166,14 +193,13 @@ def rank_gradient(
             whole[adapter] = rank_gradient(dy[start:end], low[start:end], ends)
         return whole
     starts = (0, *ends[:-1])
-    parts = [
-        _product32(dy[:, a:b].T, low[:, j * rank : (j + 1) * rank])
-        for j, (a, b) in enumerate(zip(starts, ends, strict=True))
-    ]
+    ranges = enumerate(zip(starts, ends, strict=True))
+    parts = [product32(dy[:, a:b].T, low[:, j * rank : (j + 1) * rank]) for j, (a, b) in ranges]
     return parts[0] if len(parts) == 1 else torch.cat(parts)
 
 
-def _product32(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+def product32(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+    """a b in fp32 (float64 stays)."""
     if a.is_cuda and a.dtype in (torch.bfloat16, torch.float16):
         return torch.mm(a, b, out_dtype=torch.float32)
     return (a @ b).to(torch.promote_types(a.dtype, torch.float32))

@@ -3,8 +3,8 @@
 The layers' mathematics is transformers' (Llama, Mistral, Qwen2, Qwen3); what differs is what is kept and how often
 memory is read (`metier.model.layers`).
 
-Anything else (another architecture, dropout on the adapter's input, trained biases, sliding windows) takes the
-transformers modules with plain LoRA layers; the results are equal to rounding (tests/model/test_fused.py).
+Anything else (another architecture, trained biases, sliding windows) takes the transformers modules with plain LoRA
+layers; the results are equal to rounding (tests/model/test_fused.py).
 """
 
 from __future__ import annotations
@@ -19,14 +19,15 @@ from torch.utils.checkpoint import checkpoint
 from metier.kernels.attention import Documents, takes_flash
 from metier.kernels.frozen import DenseWeight, Fp8Weight, joined, stack
 from metier.kernels.loss import Head, head_losses
-from metier.kernels.reference import MAX_GROUPED_RANK, Groups, Heads, Rotation
+from metier.kernels.reference import MAX_GROUPED_RANK, Dropout, Groups, Heads, Rotation
 from metier.model.graphs import GraphedPasses
-from metier.model.layers import Layer, Part, Site, run_layer
+from metier.model.layers import Layer, Part, Site, Treatment, run_layer
 from metier.model.lora import Adapter, LoRALinear, scaling_of
 from metier.model.quantise import FrozenLinear
 from metier.model.shards import shards_of
 
 Recompute = Literal["none", "mlp", "layer"]
+IMAGES_AT_ONCE = 56
 ARCHITECTURES = ("llama", "mistral", "qwen2", "qwen3")
 
 
@@ -43,6 +44,8 @@ class Batch(Protocol):
     def loss_targets(self) -> torch.Tensor: ...
     @property
     def loss_weights(self) -> torch.Tensor | None: ...
+    @property
+    def row_keys(self) -> torch.Tensor | None: ...
     @property
     def lengths(self) -> tuple[int, ...]: ...
 
@@ -71,6 +74,7 @@ class FusedModel:
         for site in sites:
             site.parts = [_part(site, adapter) for adapter in adapters]
         self.num_adapters = len(adapters)
+        self.dropout = adapters[0].config.dropout if len(adapters) == 1 else 0.0
         self.images = [image for site in sites for image in site.images(self.head.dtype, self.head.device)]
         # The rotary module of these kinds asks the host how long the row is.
         is_static = getattr(self.decoder.rotary_emb, "rope_type", "default") not in ("dynamic", "longrope")
@@ -107,9 +111,10 @@ class FusedModel:
 
     @torch.no_grad()
     def refresh(self) -> None:
-        """Copies the adapter's fp32 masters into the sites."""
-        scaled = torch._foreach_mul([master for _, master, _ in self.images], [scale for *_, scale in self.images])
-        torch._foreach_copy_([image for image, *_ in self.images], scaled)
+        """Copies the adapter's fp32 masters into the sites, scaled in fp32, a few at a time: the copies are memory."""
+        for start in range(0, len(self.images), IMAGES_AT_ONCE):
+            images, masters, scales = zip(*self.images[start : start + IMAGES_AT_ONCE], strict=True)
+            torch._foreach_copy_(images, torch._foreach_mul(masters, scales))
 
     @property
     def training(self) -> bool:
@@ -133,7 +138,8 @@ class FusedModel:
         """
         documents = Documents.of(batch.lengths, batch.input_ids.device, is_flash=self.is_flash)
         groups = self._groups(spans, batch.input_ids.shape[1])
-        hidden = self._hidden(batch.input_ids, batch.position_ids, documents, groups)
+        treatment = self._treatment(groups, batch.row_keys)
+        hidden = self._hidden(batch.input_ids, batch.position_ids, documents, treatment)
         return head_losses(hidden, batch.loss_positions, batch.loss_targets, self._last())
 
     def accumulate(self, batch: Batch, weight: torch.Tensor) -> torch.Tensor:
@@ -160,8 +166,21 @@ class FusedModel:
 
     def losses_of(self, inputs: dict[str, torch.Tensor], documents: Documents, groups: Groups | None) -> torch.Tensor:
         """`losses` of a pass that is laid out already (`metier.model.graphs`)."""
-        hidden = self._hidden(inputs["input_ids"], inputs["position_ids"], documents, groups)
+        treatment = self._treatment(groups, inputs.get("row_keys"))
+        hidden = self._hidden(inputs["input_ids"], inputs["position_ids"], documents, treatment)
         return head_losses(hidden, inputs["positions"], inputs["targets"], self._last())
+
+    @property
+    def drops_out(self) -> bool:
+        """Whether passes now are made with dropout."""
+        return self.dropout > 0 and self.training
+
+    def _treatment(self, groups: Groups | None, row_keys: torch.Tensor | None) -> Treatment:
+        if not self.drops_out:
+            return Treatment(groups)
+        if row_keys is None:
+            raise ValueError("dropout needs the pass's row_keys")
+        return Treatment(groups, Dropout(self.dropout, row_keys))
 
     def _groups(self, spans: tuple[tuple[int, int, int], ...], num_rows: int) -> Groups | None:
         if self.num_adapters < 2:
@@ -174,7 +193,7 @@ class FusedModel:
         return Head(norm.weight, norm.variance_epsilon, self.head)
 
     def _hidden(
-        self, input_ids: torch.Tensor, position_ids: torch.Tensor, documents: Documents, groups: Groups | None = None
+        self, input_ids: torch.Tensor, position_ids: torch.Tensor, documents: Documents, treatment: Treatment
     ) -> torch.Tensor:
         """The last layer's output before the final norm, [M, I]."""
         self.refresh()
@@ -189,18 +208,18 @@ class FusedModel:
                 self.shards.need(number)
             if self.recompute == "layer" and torch.is_grad_enabled():
                 x = checkpoint(
-                    self._layer, x, layer, rotation, documents, groups, use_reentrant=False, preserve_rng_state=False
+                    self._layer, x, layer, rotation, documents, treatment, use_reentrant=False, preserve_rng_state=False
                 )
             else:
-                x = self._layer(x, layer, rotation, documents, groups)
+                x = self._layer(x, layer, rotation, documents, treatment)
             if self.shards:
                 x = self.shards.until_backward(number, x)
         return x  # type: ignore[no-any-return]
 
     def _layer(
-        self, x: torch.Tensor, layer: Layer, rotation: Rotation, documents: Documents, groups: Groups | None
+        self, x: torch.Tensor, layer: Layer, rotation: Rotation, documents: Documents, treatment: Treatment
     ) -> torch.Tensor:
-        return run_layer(x, layer, rotation, documents, keeps=self.recompute != "mlp", groups=groups)
+        return run_layer(x, layer, rotation, documents, keeps=self.recompute != "mlp", treatment=treatment)
 
 
 def is_fused_architecture(config: Any) -> bool:
@@ -223,7 +242,8 @@ def fuse(model: Any, *adapters: Adapter, recompute: Recompute = "none", fp8_copi
     weights once and transposes them each time for dX.
     """
     head = next(name for name, module in model.named_modules() if module is model.get_output_embeddings())
-    if not is_fused_architecture(model.config.get_text_config()) or not all(can_fuse(a, head) for a in adapters):
+    is_known = is_fused_architecture(model.config.get_text_config())
+    if not is_known or not all(can_fuse(a, head, alone=len(adapters) == 1) for a in adapters):
         return None
     if not all(_is_even(module) for module in model.get_decoder().layers):
         return None
@@ -242,9 +262,9 @@ def fuse(model: Any, *adapters: Adapter, recompute: Recompute = "none", fp8_copi
     return FusedModel(model, layers, recompute, adapters)
 
 
-def can_fuse(adapter: Adapter, head: str = "lm_head") -> bool:
-    """Whether the fused path trains such an adapter: no dropout, no trained biases, no adapter on the output head."""
-    return adapter.config.dropout == 0 and not adapter.biases and head not in adapter.layers
+def can_fuse(adapter: Adapter, head: str = "lm_head", *, alone: bool = False) -> bool:
+    """Whether the fused path trains such an adapter: no trained biases, none on the output head, dropout only alone."""
+    return (alone or adapter.config.dropout == 0) and not adapter.biases and head not in adapter.layers
 
 
 def _is_even(module: Any) -> bool:
@@ -292,4 +312,5 @@ def _site(modules: list[Any], names: dict[int, str]) -> Site:
 def _part(site: Site, adapter: Adapter) -> Part:
     layers = [adapter.layers.get(name) for name in site.names]
     masters = [None if layer is None else (layer.lora_a, layer.lora_b) for layer in layers]
-    return Part(masters, scaling_of(adapter.config), adapter.config.rank)
+    numbers = [0 if layer is None else layer.number for layer in layers]
+    return Part(masters, scaling_of(adapter.config), adapter.config.rank, numbers)

@@ -16,18 +16,22 @@ from torch import nn
 from metier.kernels import ops
 from metier.kernels.attention import Documents, attend
 from metier.kernels.frozen import FrozenWeight
-from metier.kernels.reference import Groups, Heads, Rotation, Rows
+from metier.kernels.reference import Dropout, Groups, Heads, Rotation, Rows
 
 Gradients = list[torch.Tensor | None]
 
 
 @dataclass
 class Part:
-    """One adapter at a site: its fp32 A [R, I] and B [O, R] for each of the layers, or None where it has none."""
+    """One adapter at a site: its fp32 A [R, I] and B [O, R] for each of the layers, or None where it has none.
+
+    `numbers` are those layers' in the adapter, which decide dropout's masks.
+    """
 
     masters: list[tuple[nn.Parameter, nn.Parameter] | None]
     scaling: float
     rank: int
+    numbers: list[int]
 
 
 @dataclass
@@ -129,6 +133,31 @@ class Site:
         up.mul_(self.parts[0].scaling)
         return [grad for _, grad in self._places(self.parts[0], down, up)]
 
+    def project_dropped(self, x: torch.Tensor, dropout: Dropout, **norm: torch.Tensor) -> torch.Tensor | None:
+        """The projection [M, n R] of one adapter's input, each layer's after a mask of its own; see `drop_rows`."""
+        if self.down is None:
+            return None
+        numbers, downs = self.parts[0].numbers, self.down.chunk(len(self.ends))
+        dropped = (ops.drop_rows(x, dropout, number, **norm) for number in numbers)
+        return torch.cat([each @ down.mT for each, down in zip(dropped, downs, strict=True)], 1)
+
+    def dropped_backward(
+        self, low: torch.Tensor | None, dropout: Dropout, target: torch.Tensor | None, x: torch.Tensor,
+        **norm: torch.Tensor,
+    ) -> torch.Tensor | None:  # fmt: skip
+        """The gradient of `down`, fp32, from that of `project_dropped`, low [M, n R]; x's is added to `target`."""
+        if self.down is None or low is None:
+            return None
+        grads = []
+        for number, own, down in zip(
+            self.parts[0].numbers, low.chunk(len(self.ends), 1), self.down.chunk(len(self.ends)), strict=True
+        ):
+            own = own.contiguous()
+            grads.append(ops.rank_gradient(own, ops.drop_rows(x, dropout, number, **norm), (self.rank,), None))
+            if target is not None:
+                ops.drop_rows(own @ down, dropout, number, into=target)
+        return torch.cat(grads)
+
     def settle(self) -> None:
         """Hands `totals` to the parameters of several adapters as their `.grad`."""
         for parameter, total in self.places:
@@ -165,11 +194,56 @@ class Layer:
         return self.qkv, self.o, self.gate_up, self.down
 
 
-def _norm(x: torch.Tensor, weight: torch.Tensor, eps: float, site: Site, groups: Groups | None) -> Rows:
-    segments = (x.shape[1],) if site.down is not None else ()
-    return ops.project_rows(
-        x, factor=weight, down=site.down_t, segments=segments, eps=eps, quantise=site.weight.eats_fp8, **_of(groups)
+@dataclass(frozen=True, slots=True)
+class Treatment:
+    """What else a pass is told of its rows: whose they are, of several adapters, or what drops out, of one."""
+
+    groups: Groups | None = None
+    dropout: Dropout | None = None
+
+
+def _norm(x: torch.Tensor, weight: torch.Tensor, eps: float, site: Site, treatment: Treatment) -> Rows:
+    down = site.down_t if treatment.dropout is None else None
+    segments = (x.shape[1],) if down is not None else ()
+    rows = ops.project_rows(
+        x, factor=weight, down=down, segments=segments, eps=eps, quantise=site.weight.eats_fp8, **_of(treatment.groups)
     )
+    if treatment.dropout is None:
+        return rows
+    assert rows.rstd is not None
+    return rows._replace(low=site.project_dropped(x, treatment.dropout, rstd=rows.rstd, factor=weight))
+
+
+def _norm_backward(
+    dz: torch.Tensor, x: torch.Tensor, site: Site, treatment: Treatment, *, rstd: torch.Tensor, weight: torch.Tensor,
+    low: torch.Tensor | None, projected: torch.Tensor | None, residual: torch.Tensor | None,
+) -> tuple[torch.Tensor, torch.Tensor | None]:  # fmt: skip
+    """`ops.norm_backward` for a site's input; with dropout the low-rank part of dz comes first, apart."""
+    if treatment.dropout is None:
+        return ops.norm_backward(
+            dz, x, rstd=rstd, weight=weight, low=low, down=site.down, projected=projected, residual=residual,
+            **_of(treatment.groups),
+        )  # fmt: skip
+    down_grad = site.dropped_backward(low, treatment.dropout, dz, x, rstd=rstd, factor=weight)
+    dx, _ = ops.norm_backward(dz, x, rstd=rstd, weight=weight, low=None, down=None, projected=None, residual=residual)
+    return dx, down_grad
+
+
+def _projected(x: torch.Tensor, site: Site, treatment: Treatment) -> Rows:
+    """x [M, I], which no norm precedes, as the site's products read it."""
+    down = site.down_t if treatment.dropout is None else None
+    segments = (x.shape[1],) if down is not None else ()
+    rows = ops.project_rows(x, down=down, segments=segments, quantise=site.weight.eats_fp8, **_of(treatment.groups))
+    if treatment.dropout is None:
+        return rows
+    return rows._replace(low=site.project_dropped(x, treatment.dropout))
+
+
+def _activated(both: torch.Tensor, low: torch.Tensor | None, site: Site) -> torch.Tensor:
+    """h [M, F] from gate and up, in the model's dtype."""
+    dense = ops.swiglu(both, low, site.up, down=None, quantise=False).dense
+    assert dense is not None
+    return dense
 
 
 class _Queries(torch.autograd.Function):
@@ -177,30 +251,33 @@ class _Queries(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, x: torch.Tensor, layer: Layer, rotation: Rotation, groups: Groups | None, *_: torch.Tensor
+        ctx: Any, x: torch.Tensor, layer: Layer, rotation: Rotation, treatment: Treatment, *_: torch.Tensor
     ) -> Any:  # fmt: skip
         rotation = rotation._replace(bias=layer.bias, q_norm=layer.q_norm, k_norm=layer.k_norm, eps=layer.eps)
-        rows = _norm(x, layer.input_norm, layer.eps, layer.qkv, groups)
+        rows = _norm(x, layer.input_norm, layer.eps, layer.qkv, treatment)
         qkv = layer.qkv.weight.matmul(rows)
-        q, k, v = ops.rotate(qkv, rows.low, layer.qkv.up, layer.heads, rotation, **_of(groups))
+        q, k, v = ops.rotate(qkv, rows.low, layer.qkv.up, layer.heads, rotation, **_of(treatment.groups))
         ctx.save_for_backward(x, rows.rstd, rows.low, qkv if layer.q_norm is not None else None)
-        ctx.layer, ctx.rotation, ctx.groups = layer, rotation, groups
+        ctx.layer, ctx.rotation, ctx.treatment = layer, rotation, treatment
         return q, k, v, x.view_as(x)
 
     @staticmethod
     def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         x, rstd, low, qkv = ctx.saved_tensors
-        layer, site, groups = ctx.layer, ctx.layer.qkv, ctx.groups
+        layer, site, treatment = ctx.layer, ctx.layer.qkv, ctx.treatment
+        groups = treatment.groups
         dy, largest, up_grad = ops.rotate_backward(
             (grads[0], grads[1], grads[2]), qkv, low, site.up, layer.heads, ctx.rotation, site.factor, **_of(groups)
         )
         rows = site.gradient_rows(dy, groups, largest)
         dx, down_grad = None, None
         if ctx.needs_input_grad[0]:
-            dx, down_grad = ops.norm_backward(
-                site.weight.matmul_t(rows), x, rstd=rstd, weight=layer.input_norm, low=rows.low, down=site.down,
-                projected=low, residual=grads[3], **_of(groups),
+            dx, down_grad = _norm_backward(
+                site.weight.matmul_t(rows), x, site, treatment, rstd=rstd, weight=layer.input_norm, low=rows.low,
+                projected=low, residual=grads[3],
             )  # fmt: skip
+        elif treatment.dropout is not None:
+            down_grad = site.dropped_backward(rows.low, treatment.dropout, None, x, rstd=rstd, factor=layer.input_norm)
         elif rows.low is not None:
             scaled = (rows.low * rstd[:, None]).to(x.dtype)
             down_grad = ops.rank_gradient(scaled, x, (scaled.shape[1],), groups) * layer.input_norm
@@ -212,75 +289,108 @@ class _Output(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, x: torch.Tensor, attention: torch.Tensor, layer: Layer, groups: Groups | None, *_: torch.Tensor
+        ctx: Any, x: torch.Tensor, attention: torch.Tensor, layer: Layer, treatment: Treatment, *_: torch.Tensor
     ) -> torch.Tensor:  # fmt: skip
-        site = layer.o
-        segments = (attention.shape[1],) if site.down is not None else ()
-        rows = ops.project_rows(
-            attention, down=site.down_t, segments=segments, quantise=site.weight.eats_fp8, **_of(groups)
-        )
+        site, groups = layer.o, treatment.groups
+        rows = _projected(attention, site, treatment)
         ctx.save_for_backward(attention, rows.low)
-        ctx.layer, ctx.groups = layer, groups
+        ctx.layer, ctx.treatment = layer, treatment
         return ops.add_low_rank(x, site.weight.matmul(rows), rows.low, site.up, **_of(groups))
 
     @staticmethod
     def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         attention, low = ctx.saved_tensors
-        site, dy, groups = ctx.layer.o, grads[0], ctx.groups
+        site, dy, treatment = ctx.layer.o, grads[0], ctx.treatment
+        groups = treatment.groups
         up_grad, down_grad = site.rank_gradient(dy, low, groups), None
         rows = site.gradient_rows(dy, groups)
         d_attention = site.weight.matmul_t(rows)
-        if rows.low is not None:
+        if treatment.dropout is not None:
+            down_grad = site.dropped_backward(rows.low, treatment.dropout, d_attention, attention)
+        elif rows.low is not None:
             ops.add_low_rank_(d_attention, rows.low, site.down, groups)
             down_grad = ops.rank_gradient(rows.low, attention, (site.rank,), groups)
         return dy, d_attention, None, None, *site.gradients(down_grad, up_grad, groups)
 
 
 class _Mlp(torch.autograd.Function):
-    """x [M, I] -> x + down(silu(gate(z)) * up(z)), z the norm of x. `keeps` gate and up, or computes them again."""
+    """x [M, I] -> x, after leaving h = silu(gate(z)) * up(z), z the norm of x, in `found` for `_Down`.
+
+    `keeps` gate and up, or computes them again. Its backward is that of both: it is given `_Down`'s gradient as it is.
+    Cut in two, since recomputation ends with the last tensor that is kept: the down product is not computed again.
+    """
 
     @staticmethod
     def forward(
-        ctx: Any, x: torch.Tensor, layer: Layer, keeps: bool, groups: Groups | None, *_: torch.Tensor
+        ctx: Any, x: torch.Tensor, layer: Layer, keeps: bool, treatment: Treatment, found: list[Rows],
+        *_: torch.Tensor,
     ) -> torch.Tensor:  # fmt: skip
-        rows = _norm(x, layer.output_norm, layer.eps, layer.gate_up, groups)
+        rows = _norm(x, layer.output_norm, layer.eps, layer.gate_up, treatment)
         both = layer.gate_up.weight.matmul(rows)
-        h = ops.swiglu(
-            both, rows.low, layer.gate_up.up, down=layer.down.down_t, quantise=layer.down.weight.eats_fp8,
-            **_of(groups),
-        )  # fmt: skip
+        if treatment.dropout is None:
+            h = ops.swiglu(
+                both, rows.low, layer.gate_up.up, down=layer.down.down_t, quantise=layer.down.weight.eats_fp8,
+                **_of(treatment.groups),
+            )  # fmt: skip
+        else:
+            h = _projected(_activated(both, rows.low, layer.gate_up), layer.down, treatment)
+        found.append(h)
         ctx.save_for_backward(x, rows.rstd, rows.low, h.low, both if keeps else None)
-        ctx.layer, ctx.groups = layer, groups
-        return ops.add_low_rank(x, layer.down.weight.matmul(h), h.low, layer.down.up, **_of(groups))
+        ctx.layer, ctx.treatment = layer, treatment
+        return x.view_as(x)
 
     @staticmethod
     def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         x, rstd, low, low_h, both = ctx.saved_tensors
-        layer, dy, groups = ctx.layer, grads[0], ctx.groups
+        layer, dy, treatment = ctx.layer, grads[0], ctx.treatment
+        groups, dropout = treatment.groups, treatment.dropout
         site, next_site = layer.gate_up, layer.down
         if both is None:
-            both = site.weight.matmul(_norm(x, layer.output_norm, layer.eps, site, groups))
+            both = site.weight.matmul(_norm(x, layer.output_norm, layer.eps, site, treatment))
         next_up = next_site.rank_gradient(dy, low_h, groups)
         next_rows = next_site.gradient_rows(dy, groups)
-        result = ops.swiglu_backward(
-            next_site.weight.matmul_t(next_rows), both, low, site.up, low_dh=next_rows.low, down=next_site.down,
-            factor=site.factor, quantise=site.weight.eats_fp8, **_of(groups),
+        dh, next_down, next_low, next_grad = (
+            next_site.weight.matmul_t(next_rows), next_site.down, next_rows.low, None
         )  # fmt: skip
-        dx, down_grad = ops.norm_backward(
-            site.weight.matmul_t(result.rows), x, rstd=rstd, weight=layer.output_norm, low=result.rows.low,
-            down=site.down, projected=low, residual=dy, **_of(groups),
+        if dropout is not None:
+            next_grad = next_site.dropped_backward(next_low, dropout, dh, _activated(both, low, site))
+            next_down = next_low = None
+        result = ops.swiglu_backward(
+            dh, both, low, site.up, low_dh=next_low, down=next_down, factor=site.factor,
+            quantise=site.weight.eats_fp8, **_of(groups),
+        )  # fmt: skip
+        del both  # a third of what a recomputed layer holds, and read for the last time
+        dx, down_grad = _norm_backward(
+            site.weight.matmul_t(result.rows), x, site, treatment, rstd=rstd, weight=layer.output_norm,
+            low=result.rows.low, projected=low, residual=dy,
         )  # fmt: skip
         here = site.gradients(down_grad, result.up, groups)
-        return dx, None, None, None, *here, *next_site.gradients(result.down, next_up, groups)
+        below = next_site.gradients(result.down if dropout is None else next_grad, next_up, groups)
+        return dx, None, None, None, None, *here, *below
+
+
+class _Down(torch.autograd.Function):
+    """x [M, I] -> x + down(h), h taken from `found`; the gradient goes back to `_Mlp` unchanged."""
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, site: Site, treatment: Treatment, found: list[Rows]) -> torch.Tensor:
+        h = found.pop()
+        return ops.add_low_rank(x, site.weight.matmul(h), h.low, site.up, **_of(treatment.groups))
+
+    @staticmethod
+    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        return grads[0], None, None, None
 
 
 def run_layer(
     x: torch.Tensor, layer: Layer, rotation: Rotation, documents: Documents, *, keeps: bool,
-    groups: Groups | None = None,
+    treatment: Treatment,
 ) -> torch.Tensor:  # fmt: skip
     """A decoder layer: x [M, I] -> [M, I]. Unless it `keeps` gate and up, backward computes them again."""
-    q, k, v, x = _Queries.apply(x, layer, rotation, groups, *layer.qkv.inputs)  # type: ignore[no-untyped-call]
+    q, k, v, x = _Queries.apply(x, layer, rotation, treatment, *layer.qkv.inputs)  # type: ignore[no-untyped-call]
     attention = attend(q, k, v, documents).flatten(1)
-    x = _Output.apply(x, attention, layer, groups, *layer.o.inputs)  # type: ignore[no-untyped-call]
+    x = _Output.apply(x, attention, layer, treatment, *layer.o.inputs)  # type: ignore[no-untyped-call]
     parameters = (*layer.gate_up.inputs, *layer.down.inputs)
-    return _Mlp.apply(x, layer, keeps, groups, *parameters)  # type: ignore[no-any-return, no-untyped-call]
+    found: list[Rows] = []
+    x = _Mlp.apply(x, layer, keeps, treatment, found, *parameters)  # type: ignore[no-untyped-call]
+    return _Down.apply(x, layer.down, treatment, found)  # type: ignore[no-any-return, no-untyped-call]

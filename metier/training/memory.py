@@ -131,8 +131,7 @@ def _is_out(name: str) -> bool:
 
 def path_of(model: Any, adapter: AdapterConfig) -> str:
     """`fused` where metier's own forward and backward compute the layers, else `generic`."""
-    is_plain = adapter.dropout == 0 and adapter.bias == "none"
-    return "fused" if is_plain and is_fused_architecture(model.config.get_text_config()) else "generic"
+    return "fused" if adapter.bias == "none" and is_fused_architecture(model.config.get_text_config()) else "generic"
 
 
 def layer_bytes(shape: Shape, element: int, tokens: int, *, dropout: bool = False) -> float:
@@ -152,7 +151,7 @@ def layer_bytes(shape: Shape, element: int, tokens: int, *, dropout: bool = Fals
         per_token += 4 * (shape.query + shape.key_value)
     elif shape.has_qk_norm:
         per_token += (shape.query + 2 * shape.key_value) * element
-    if dropout:
+    if dropout and shape.path == "generic":
         per_token += shape.adapted_inputs / shape.num_layers * (element + 1)
     if saved.dense_mask:
         per_token += tokens * element

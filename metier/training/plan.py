@@ -69,7 +69,8 @@ def cost(shape: Shape, job: Job, card: Card, *, precision: str, recompute: str, 
         "adapter, gradients, Adam": shape.adapter_weights * 16,
         "activations": activation_bytes(shape, element, tokens, recompute=recompute, dropout=job.dropout),
         "loss": loss_bytes(shape, element, loss_tokens),
-        "workspace": tokens * widest * element + (2 * shape.hidden * shape.mlp if precision == "nf4" else 0),
+        "workspace": tokens * widest * element * (3 if job.dropout else 1)
+        + (2 * shape.hidden * shape.mlp if precision == "nf4" else 0),
     }  # fmt: skip
     if not card.is_cpu:
         memory["CUDA and fragmentation"] = CONTEXT_BYTES + FRAGMENTATION * sum(memory.values())

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from metier.kernels import reference
-from metier.kernels.reference import Groups, Heads, Rotation
+from metier.kernels.reference import Dropout, Groups, Heads, Rotation
 from tests.kernels.bounds import close, rows_close, size_of_gradient, size_of_low
 
 IS_INTERPRETED = bool(os.environ.get("TRITON_INTERPRET"))
@@ -347,3 +347,24 @@ def test_what_is_not_finite_in_one_adapter_reaches_no_other() -> None:
         others = [i for i in range(clean.shape[0]) if i != (70 if number < 3 else 0)]
         assert torch.equal(clean[others], beside[others])
         assert beside[70 if number < 3 else 0].isnan().any()
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("shape", ROWS, ids=str)
+@pytest.mark.parametrize("site", [0, 7, 2**31])
+def test_what_drops_out_is_the_same_to_the_bit(dtype: torch.dtype, shape: tuple[int, int], site: int) -> None:
+    from metier.kernels import triton_dropout
+
+    x, factor = normal(*shape, dtype=dtype), normal(shape[1], dtype=dtype)
+    rstd = torch.rand(shape[0], device=DEVICE) + 0.5
+    keys = torch.randint(0, 2**31 - 1, (shape[0],), device=DEVICE, dtype=torch.int32)
+    dropout = Dropout(0.3, keys)
+    for norm in ({}, {"rstd": rstd, "factor": factor}):
+        got = triton_dropout.drop_rows(x, dropout, site, **norm)
+        want = reference.drop_rows(*exact(x), dropout, site, **{k: v.double() for k, v in norm.items()})
+        assert torch.equal(got == 0, want.to(dtype) == 0)
+        close(got, want, dtype)
+        into = normal(*shape, dtype=dtype)
+        want = want + into.double()
+        assert triton_dropout.drop_rows(x, dropout, site, into=into, **norm) is into
+        close(into, want, dtype)

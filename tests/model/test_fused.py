@@ -7,11 +7,13 @@ from typing import Any
 import pytest
 import torch
 
+from metier.kernels.frozen import DenseWeight
+from metier.kernels.reference import Rows
 from metier.model.fused import FusedModel, Recompute, fuse, is_fused_architecture
 from metier.model.lora import Adapter, attach, new_adapter
 from metier.recipe import AdapterConfig
 from metier.training.pack import PackedBatch, pack_batches
-from metier.training.step import loss_sum
+from metier.training.step import accumulate, loss_sum
 from metier.training.together import side_by_side
 from tests.model.test_lora import randomised
 from tests.model.tiny import KINDS, Kind, tiny_model
@@ -80,6 +82,64 @@ def test_fp32_is_equal_to_rounding(kind: Kind) -> None:
         assert (got_grads[name] - grad).norm() <= 5e-5 * grad.norm(), name
 
 
+def dropped_gradients(model: Any, adapter: Adapter, seed: int) -> tuple[float, dict[str, torch.Tensor]]:
+    """The loss and the gradients of a training pass, in which dropout's masks follow from keys."""
+    records = random_records(7, (model.model if isinstance(model, FusedModel) else model).config.vocab_size)
+    (batch,) = pack_batches(records, 10_000, 99, [seed + number for number in range(len(records))])
+    for parameter in adapter.parameters.values():
+        parameter.grad = None
+    model.train()
+    dtype = next(iter(adapter.parameters.values())).dtype
+    loss = accumulate(model, batch, torch.ones((), dtype=dtype))
+    return float(loss), {name: p.grad.clone() for name, p in adapter.parameters.items() if p.grad is not None}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("target_modules", ["all-linear", ["k_proj", "up_proj"]], ids=str)
+@pytest.mark.parametrize("recompute", ["none", "mlp", "layer"])
+def test_dropout_masks_and_gradients_equal_the_plain_layers(
+    kind: Kind, target_modules: Any, recompute: Recompute
+) -> None:  # fmt: skip
+    model, adapter = with_adapter(kind, torch.float64, dropout=0.3, target_modules=target_modules)
+    want, want_grads = dropped_gradients(model, adapter, 1)
+    other, _ = dropped_gradients(model, adapter, 2)
+    fused = fused_of(model, adapter, recompute)
+    got, got_grads = dropped_gradients(fused, adapter, 1)
+    assert got == pytest.approx(want, rel=1e-6)
+    assert other != pytest.approx(want, rel=1e-4)
+    assert got_grads.keys() == want_grads.keys() == adapter.parameters.keys()
+    for name, grad in want_grads.items():
+        assert grad.norm() > 0
+        assert (got_grads[name] - grad).norm() <= 1e-4 * grad.norm(), name
+    fused.eval()
+    model.eval()
+    (batch,) = pack_batches(random_records(7, model.config.vocab_size), 10_000, 99)
+    with torch.no_grad():
+        assert float(loss_sum(fused, batch)) == pytest.approx(float(loss_sum(model, batch)), rel=1e-6)
+
+
+class CountedWeight(DenseWeight):
+    """A weight that counts its forward products."""
+
+    __slots__ = ("count",)
+
+    def matmul(self, x: Rows) -> torch.Tensor:
+        self.count = getattr(self, "count", 0) + 1
+        return super().matmul(x)
+
+
+def test_a_recomputed_layer_ends_before_its_last_product() -> None:
+    model, adapter = with_adapter("llama3", torch.float64)
+    fused = fused_of(model, adapter, "layer")
+    for layer in fused.layers:
+        for site in layer.sites:
+            assert isinstance(site.weight, DenseWeight)
+            site.weight = CountedWeight(site.weight.weight)
+    gradients(fused, adapter, batch_for(model))
+    counts = [[site.weight.count for site in layer.sites] for layer in fused.layers]  # type: ignore[union-attr]
+    assert counts == [[2, 2, 2, 1]] * len(fused.layers)
+
+
 @pytest.mark.parametrize("recompute", ["mlp", "layer"])
 def test_recomputing_changes_no_bit(recompute: Recompute) -> None:
     model, adapter = with_adapter("qwen3", torch.float32)
@@ -116,7 +176,7 @@ def test_a_document_is_not_changed_by_its_neighbours() -> None:
 
 
 def test_what_the_fused_path_does_not_do_takes_the_other() -> None:
-    for settings in ({"dropout": 0.1}, {"bias": "all"}, {"target_modules": ["q_proj", "lm_head"]}):
+    for settings in ({"bias": "all"}, {"target_modules": ["q_proj", "lm_head"]}):
         model, adapter = with_adapter("qwen2", torch.float32, **settings)
         assert fuse(model, adapter) is None
     config = tiny_model("mistral")[0].config

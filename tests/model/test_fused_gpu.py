@@ -11,7 +11,7 @@ from metier.kernels import nf4
 from metier.kernels.attention import Documents, attend
 from metier.kernels.frozen import Fp8Weight, Nf4Weight, Storage, freeze
 from metier.kernels.reference import FP8, Rows, quantise_rows
-from metier.model.fused import FusedModel, fuse
+from metier.model.fused import fuse
 from metier.model.lora import Adapter, attach
 from metier.model.quantise import FrozenLinear, quantise_model
 from metier.recipe import AdapterConfig
@@ -29,11 +29,11 @@ pytestmark = [
 
 
 def fused_on_gpu(
-    kind: Kind, dtype: torch.dtype, storage: Storage = "dense", **options: Any
+    kind: Kind, dtype: torch.dtype, storage: Storage = "dense", *, dropout: float = 0.0, **options: Any
 ) -> tuple[Any, Adapter, Any]:
     model = tiny_model(kind)[0].to(CUDA, dtype)
     quantise_model(model, storage)
-    adapter = randomised(attach(model, AdapterConfig(rank=4, alpha=2), seed=0))
+    adapter = randomised(attach(model, AdapterConfig(rank=4, alpha=2, dropout=dropout), seed=0))
     fused = fuse(model, adapter, **options)
     assert fused is not None
     return model, adapter, fused
@@ -47,17 +47,18 @@ def gradients(model: Any, adapter: Adapter, batches: list[Any]) -> tuple[float, 
     return loss, {n: p.grad.double().cpu() for n, p in adapter.parameters.items() if p.grad is not None}
 
 
-def truth(kind: Kind) -> tuple[float, dict[str, torch.Tensor]]:
+def truth(kind: Kind, dropout: float = 0.0) -> tuple[float, dict[str, torch.Tensor]]:
     """transformers in float64 on the CPU."""
-    model = tiny_model(kind)[0].double()
-    adapter = randomised(attach(model, AdapterConfig(rank=4, alpha=2), seed=0))
+    model = tiny_model(kind)[0].double().train()
+    adapter = randomised(attach(model, AdapterConfig(rank=4, alpha=2, dropout=dropout), seed=0))
     for layer in adapter.layers.values():
         layer.lora_a.data, layer.lora_b.data = layer.lora_a.data.double(), layer.lora_b.data.double()
     return gradients(model, adapter, batches_for(model))
 
 
 def batches_for(model: Any, device: torch.device | str = "cpu") -> list[Any]:
-    return [b.to(torch.device(device)) for b in pack_batches(random_records(9, model.config.vocab_size), 200, 99)]
+    batches = pack_batches(random_records(9, model.config.vocab_size), 200, 99, list(range(9)))
+    return [b.to(torch.device(device)) for b in batches]
 
 
 def cosine(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> float:
@@ -73,6 +74,30 @@ def test_fp32_on_the_gpu_equals_float64(kind: Kind) -> None:
     assert got == pytest.approx(want, rel=1e-4)
     for name, grad in want_grads.items():
         assert (grads[name] - grad).norm() <= 2e-3 * grad.norm(), name
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(
+    ("dtype", "storage", "least"),
+    [(torch.float32, "dense", 0.9999), (torch.bfloat16, "dense", 0.99), (torch.bfloat16, "fp8", 0.9)],
+    ids=str,
+)
+@pytest.mark.parametrize("recompute", ["none", "mlp", "layer"])
+def test_dropout_is_that_of_the_plain_layers(
+    kind: Kind, dtype: torch.dtype, storage: Storage, least: float, recompute: str
+) -> None:  # fmt: skip
+    want, want_grads = truth(kind, dropout=0.2)
+    without, _ = truth(kind)
+    model, adapter, fused = fused_on_gpu(kind, dtype, storage, dropout=0.2, recompute=recompute)
+    fused.train()
+    got, grads = gradients(fused, adapter, batches_for(model, CUDA))
+    assert abs(got - want) < 0.2 * abs(without - want) or dtype != torch.float32
+    assert grads.keys() == want_grads.keys()
+    assert cosine(grads, want_grads) >= least
+    if fused.graphs is not None:
+        assert fused.graphs.recorded
+        again, _ = gradients(fused, adapter, batches_for(model, CUDA))
+        assert again == pytest.approx(got, rel=1e-6)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -171,8 +196,3 @@ def test_attention_on_the_gpu_equals_float64(lengths: tuple[int, ...], heads: tu
     for got, want in zip(*results, strict=True):
         # One token attends to itself alone: the gradient of q and k is then zero.
         assert (got.double() - want).norm() <= 1e-2 * want.norm() + 1e-4
-
-
-def test_a_gpu_without_a_model_to_fuse_says_so() -> None:
-    model = tiny_model("llama2")[0].to(CUDA)
-    assert not isinstance(fuse(model, attach(model, AdapterConfig(dropout=0.1), seed=0)), FusedModel)
