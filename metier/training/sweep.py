@@ -326,6 +326,7 @@ def complete_sweep(work: Path, found: dict[str, Any], *, recipe: Recipe, out: Pa
     for path in work.iterdir():
         if path.is_dir() and path.name != "metrics":
             shutil.rmtree(path)
+    (work / "generations.json").unlink(missing_ok=True)  # of a sweep on a cluster
     details = {name: value for name, value in found.items() if name != "trials"}
     return complete(
         work, out, kind="sweep", key=key, started=time.time() - found["seconds"], parents={},
