@@ -117,9 +117,8 @@ def prepare(
     tables = {"records": table, "rejected": rejected_table(accounts.rejected)}
     tables |= {"merged": merged_table(accounts.merged), "conflicts": conflicts}
     if privacy.policy:
-        tables["subjects"] = subjects_table(
-            privacy.subjects(table.select("record_id", "source_file", "source_row").iter_rows())
-        )
+        places = [rows.select("record_id", "source_file", "source_row") for rows in (table, tables["merged"])]
+        tables["subjects"] = subjects_table(privacy.subjects(polars.concat(places).iter_rows()))
     if recipe.data.canaries:
         tables["canaries"] = canaries_table(recipe.data.canaries, seed)
         tables["records"] = plant(table, tables["canaries"])
