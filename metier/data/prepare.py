@@ -21,7 +21,7 @@ import polars
 from metier import artifacts
 from metier.data.accounts import Accounts
 from metier.data.augment import augment
-from metier.data.balance import LEFT_OUT, NOT_NEEDED, class_weights, general_excess, left_out, repeated
+from metier.data.balance import LEFT_OUT, NOT_NEEDED, check_balance, class_weights, general_excess, left_out, repeated
 from metier.data.canaries import canaries_table, plant
 from metier.data.card import data_card
 from metier.data.clean import contradictions
@@ -93,6 +93,7 @@ def prepare(
         accounts.records, details["privacy"], review = privacy.rewrite_records(accounts.records, workers, progress)
     accounts.refuse_too_few()
     task = _task(recipe.data, [record for record in accounts.records if record.method is None])
+    check_balance(recipe.balance, [source.name for source in files.sources], task)
     if task == "classification":
         other = contradictions(accounts.records, recipe.clean.contradictions, cleaned)
         accounts.reject(other, "same prompt as a record with another label")
@@ -231,7 +232,7 @@ def _describe_all(
     """The manifest's entries about rows and records."""
     counts = accounts.counts()
     own = [record for record in accounts.records if record.method is None]
-    methods = table["method"].drop_nulls().value_counts().sort("method")
+    methods = table.filter(polars.col("parent_id").is_not_null())["method"].value_counts().sort("method")
     total = {what: sum(c[what] for c in counts.values()) for what in ("rows", "kept", "merged", "rejected")}
     return {
         "counts": total | {"synthetic": int(table["parent_id"].is_not_null().sum())},
@@ -239,7 +240,7 @@ def _describe_all(
         "rejected_examples": accounts.rejected_examples(),
         "merged_by_kind": dict(sorted(Counter(item.how for item in accounts.merged).items())),
         "near_duplicate_pairs": len(accounts.pairs),
-        "synthetic_by_method": dict(methods.iter_rows()),
+        "synthetic_by_method": dict.fromkeys(recipe.augment.methods, 0) | dict(methods.iter_rows()),
         "splits": {name: int((table["split"] == name).sum()) for name in ("train", "val", "test")},
         "languages": {name: int((table["language"] == name).sum()) for name in ("zh", "en", "other")},
         "task": task,
