@@ -21,13 +21,16 @@ from __future__ import annotations
 import dataclasses
 import random
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 
 from metier.data.entities import swap_entities
+from metier.data.partitions import Workers, parts
 from metier.data.records import Message, Record, language_of
 from metier.data.terms import Span, find_terms, whole_word
 from metier.domains import Domain, Unit
 from metier.recipe import AugmentConfig
+
+Variant = tuple[str, int, list[Message]]  # the method, the number among the record's variants, the messages
 
 TYPO_SHARE = 0.02
 _CHOICE = re.compile(r"^[ \t]*[(（]?([A-H])[)）]?[ \t]*[.．:：、)）][ \t]*(.+?)[ \t]*$", re.M)
@@ -39,46 +42,74 @@ _HALF, _FULL = ",?!:;()", "，？！：；（）"
 _WIDTH = str.maketrans(_HALF + _FULL, _FULL + _HALF)
 
 
+@dataclasses.dataclass(frozen=True, slots=True)
+class Variation:
+    """What the variants of records are made by; `task` is classification where answers are labels."""
+
+    config: AugmentConfig
+    domain: Domain | None
+    seed: int
+    task: str
+
+
 def augment(
     train: list[Record],
-    config: AugmentConfig,
-    domain: Domain | None,
+    variation: Variation,
     *,
-    seed: int,
-    task: str,
     rewritten: Mapping[int, list[Message]],
+    workers: Workers | None = None,
 ) -> list[Record]:
     """At most `config.copies` variants of each record, in the records' order.
 
     `rewritten` are the base model's paraphrases by id of the record: each is its record's first variant.
     """
-    made: list[Record] = []
-    methods = [method for method in config.methods if method != "paraphrase"]
+    methods = [method for method in variation.config.methods if method != "paraphrase"]
     if not methods and not rewritten:
-        return made
+        return []
+    asked = [(record, rewritten.get(id(record))) for record in train]
+    done = (workers or Workers()).map(variants_part, parts(asked), variation)
+    variants = (some for part in done for some in part)
+    return [
+        variant_of(record, messages, method=method, number=number)
+        for record, some in zip(train, variants, strict=True)
+        for method, number, messages in some
+    ]
+
+
+def variants_part(part: Sequence[tuple[Record, list[Message] | None]], variation: Variation) -> list[list[Variant]]:
+    """(record, paraphrase) -> the variants of each record."""
+    config, domain = variation.config, variation.domain
     is_needed = domain is not None and not {"terms", "typo"}.isdisjoint(config.methods)
-    prompts = [record.prompt for record in train]
-    spans = find_terms(domain, prompts) if domain and is_needed else [[] for _ in train]
-    for record, terms in zip(train, spans, strict=True):
-        if record.messages[0]["role"] == "text":
+    spans = find_terms(domain, [record.prompt for record, _ in part]) if domain and is_needed else [[] for _ in part]
+    return [
+        list(_variants(record, paraphrase, terms, variation))
+        for (record, paraphrase), terms in zip(part, spans, strict=True)
+    ]
+
+
+def _variants(
+    record: Record, paraphrase: list[Message] | None, terms: list[Span], variation: Variation
+) -> Iterator[Variant]:
+    if record.messages[0]["role"] == "text":
+        return
+    methods = [method for method in variation.config.methods if method != "paraphrase"]
+    seed, domain, is_label = variation.seed, variation.domain, variation.task == "classification"
+    seen = [record.messages]
+    for number in range(1, variation.config.copies + 1):
+        if number == 1 and paraphrase:
+            yield "paraphrase", number, paraphrase
             continue
-        seen = [record.messages]
-        for number in range(1, config.copies + 1):
-            if number == 1 and (messages := rewritten.get(id(record))):
-                made.append(variant_of(record, messages, method="paraphrase", number=number))
-                continue
-            rng = random.Random(f"{seed}|{record.source.name}|{record.row.number}|{number}")
-            for method in rng.sample(methods, len(methods)):
-                if method == "entities":
-                    key = f"{seed}|{record.group_id or f'{record.source.name}:{record.row.number}'}|{number}".encode()
-                    changed = swap_entities(record.messages, domain, is_label=task == "classification", key=key)
-                else:
-                    changed = _variant(method, record, domain, terms, rng)
-                if changed is not None and changed not in seen:
-                    seen.append(changed)
-                    made.append(variant_of(record, changed, method=method, number=number))
-                    break
-    return made
+        rng = random.Random(f"{seed}|{record.source.name}|{record.row.number}|{number}")
+        for method in rng.sample(methods, len(methods)):
+            if method == "entities":
+                key = f"{seed}|{record.group_id or f'{record.source.name}:{record.row.number}'}|{number}".encode()
+                changed = swap_entities(record.messages, domain, is_label=is_label, key=key)
+            else:
+                changed = _variant(method, record, domain, terms, rng)
+            if changed is not None and changed not in seen:
+                seen.append(changed)
+                yield method, number, changed
+                break
 
 
 def _variant(

@@ -15,6 +15,7 @@ import unicodedata
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
+from metier.data.partitions import Workers
 from metier.data.records import Record
 
 Pair = tuple[int, int, float]
@@ -44,16 +45,17 @@ def merge_exact(records: list[Record]) -> tuple[list[Record], list[Merged]]:
 
 
 class Comparison:
-    """What of a record is compared with others, fixed by the records that it is made of.
+    """What of a record is compared with others, fixed by the records that it is made of, and who compares.
 
     The prompts where answers are labels, else prompts and answers; without system messages, without what the recipe's
     template gave to all, and (minhash.py) without text that many share.
     """
 
-    def __init__(self, records: list[Record], task: str) -> None:
+    def __init__(self, records: list[Record], task: str, workers: Workers | None = None) -> None:
         from metier.data.shingles import Template
 
-        self._without_answer = task == "classification"
+        self.workers = workers or Workers()
+        self.task = task
         self._begin = self._end = ""
         texts = self.texts(records)
         if len(texts) >= 3:
@@ -67,7 +69,7 @@ class Comparison:
         found = []
         for record in records:
             turns = [turn["content"] for turn in record.messages if turn["role"] != "system"]
-            text = "\n".join(turns[:-1] if self._without_answer else turns)
+            text = "\n".join(turns[:-1] if self.task == "classification" else turns)
             text = text.removeprefix(self._begin)
             found.append(text.removesuffix(self._end))
         return found
@@ -94,7 +96,9 @@ def find_pairs(
     ordered = [texts[i] for i in order]
     number = {name: place for place, name in enumerate(sorted(set(splits or ())))}
     sides = np.array([number[splits[i]] for i in order]) if splits else None
-    found = near_duplicates(ordered, threshold=threshold, seed=seed, template=comparison.template, sides=sides)
+    found = near_duplicates(
+        ordered, threshold=threshold, seed=seed, template=comparison.template, sides=sides, workers=comparison.workers
+    )
     triples = zip(found.left.tolist(), found.right.tolist(), found.similarity.tolist(), strict=True)
     pairs = ((order[left], order[right], similarity) for left, right, similarity in triples)
     return sorted((min(a, b), max(a, b), similarity) for a, b, similarity in pairs)

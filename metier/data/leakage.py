@@ -23,6 +23,7 @@ import numpy as np
 from metier.data.accounts import Accounts
 from metier.data.dedup import Comparison, Pair, find_pairs, without
 from metier.data.lines import Source
+from metier.data.partitions import PART, parts
 from metier.data.records import Record
 from metier.data.shingles import Known, Template, batches, distinct, normalise, window_hashes
 from metier.data.sources import read_rows
@@ -182,15 +183,22 @@ def row_split(records: list[Record], splits: Sequence[str], seed: int) -> list[s
 def shared_passages(records: list[Record], splits: Sequence[str], comparison: Comparison) -> int:
     """How many test records share a passage with a training record."""
     texts = comparison.texts(records)
-    test = [text for text, split in zip(texts, splits, strict=True) if split == "test"]
-    train = list(dict.fromkeys(text for text, split in zip(texts, splits, strict=True) if split == "train"))
+    # Sorted, because batches of one language take less time.
+    test = sorted(text for text, split in zip(texts, splits, strict=True) if split == "test")
+    train = sorted({text for text, split in zip(texts, splits, strict=True) if split == "train"})
     if not test or not train:
         return 0
-    template = comparison.template
-    candidates = [
-        text for text, is_shared in zip(train, Passages(test, template).shared(train), strict=True) if is_shared
-    ]
-    return int(Passages(candidates, template).shared(test).sum()) if candidates else 0
+    # Few large parts: each looks the passages of all test records up.
+    size = max(PART, -(-len(train) // comparison.workers.number))
+    shared = comparison.workers.map(sharing_part, parts(train, size), test, comparison.template)
+    candidates = [text for part in shared for text in part]
+    return int(Passages(candidates, comparison.template).shared(test).sum()) if candidates else 0
+
+
+def sharing_part(train: Sequence[str], test: Sequence[str], template: Template) -> list[str]:
+    """Those of `train` that hold a passage of `test`."""
+    shared = Passages(test, template).shared(train)
+    return [text for text, is_shared in zip(train, shared, strict=True) if is_shared]
 
 
 def _keys(record: Record) -> list[tuple[str, str]]:

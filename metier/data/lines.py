@@ -66,6 +66,10 @@ class Row:
     fields: dict[str, Any] = field(default_factory=dict)
     problem: str | None = None
 
+    def __reduce__(self) -> tuple[type[Row], tuple[Any, ...]]:
+        """For another process: a third of the time of how dataclasses with slots are pickled."""
+        return Row, (self.number, self.byte_offset, self.place, self.fields, self.problem)
+
 
 class Line(NamedTuple):
     """`number` from 1; `text` has its line end; `problem` says which byte does not fit the encoding."""

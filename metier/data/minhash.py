@@ -18,6 +18,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from metier.data.partitions import Workers, parts
 from metier.data.shingles import MIN_SHINGLES, Batch, Hashes, Ints, Template, batches, distinct, mixed, shingle_hashes
 
 HASHES, BINS = 4, 32
@@ -46,18 +47,21 @@ def near_duplicates(
     seed: int = 0,
     template: Template | None = None,
     sides: NDArray[np.int64] | None = None,
+    workers: Workers | None = None,
 ) -> Pairs:
     """All pairs found whose shingles have a Jaccard similarity of at least `threshold`.
 
     `template` is what is left out of the comparison; absent, what many of the texts share. `sides`: [n], a number for
-    each text; then only pairs whose numbers differ are looked for.
+    each text; then only pairs whose numbers differ are looked for. `workers` make the signatures; absent, this process.
     """
     template = template or Template(texts)
-    signatures = np.full((len(texts), HASHES * BINS), _EMPTY, dtype=np.uint32)
+    signatures = np.empty((len(texts), HASHES * BINS), dtype=np.uint32)
     counts = np.zeros(len(texts), dtype=np.int64)
-    for first, batch in batches(texts):
-        rows = slice(first, first + len(batch))
-        signatures[rows], counts[rows] = _signatures(template.own(batch), seed)
+    first = 0
+    for part in (workers or Workers()).map(signature_part, parts(texts), template, seed):
+        rows = slice(first, first + len(part[1]))
+        signatures[rows], counts[rows] = part
+        first = rows.stop
     useful = np.flatnonzero(counts >= MIN_SHINGLES)
     _fill_empty(signatures, useful)
     left, right = _candidates(signatures, useful)
@@ -66,6 +70,12 @@ def near_duplicates(
         left, right = left[apart], right[apart]
     left, right = _agreeing(signatures, left, right, 2 / 3 * threshold)
     return _verified(texts, template, left, right, threshold)
+
+
+def signature_part(texts: Sequence[str], template: Template, seed: int) -> tuple[NDArray[np.uint32], Ints]:
+    """The signatures of some texts, and their numbers of shingles."""
+    found = [_signatures(template.own(batch), seed) for _, batch in batches(texts)]
+    return np.concatenate([one for one, _ in found]), np.concatenate([count for _, count in found])
 
 
 def _signatures(batch: Batch, seed: int) -> tuple[NDArray[np.uint32], Ints]:

@@ -9,10 +9,12 @@ Limits: the kept records are held in memory once.
 
 from __future__ import annotations
 
+import contextlib
+import gc
 import shutil
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +22,7 @@ import polars
 
 from metier import artifacts
 from metier.data.accounts import Accounts
-from metier.data.augment import augment
+from metier.data.augment import Variation, augment
 from metier.data.balance import LEFT_OUT, NOT_NEEDED, check_balance, class_weights, general_excess, left_out, repeated
 from metier.data.canaries import canaries_table, plant
 from metier.data.card import data_card
@@ -83,14 +85,48 @@ def prepare(
     Raises `DataError` when a source or the records as a whole cannot be used, `RunError` when `out` cannot be
     written; an earlier data set in `out` is then as it was.
     """
-    started, seed, details = time.time(), recipe.seed, dict[str, Any]()
+    started = time.time()
     key, digests = asked or dataset_key(recipe, out)
+    with Workers(recipe.scale) as workers, _no_cycles():
+        tables, details, review = _make(recipe, digests, out=out, workers=workers, progress=progress)
+    work = artifacts.work_folder(out, key)
+    try:
+        if review is not None:
+            artifacts.write_atomic(work / "privacy_review.jsonl", review_lines(review))
+        _write(work, tables, details)
+        return artifacts.complete(
+            work, out, kind="dataset", key=key, config=recipe.model_dump(include=OWNED), parents={}, started=started,
+            details=details,
+        )  # fmt: skip
+    except RunError:
+        shutil.rmtree(work, ignore_errors=True)  # half a data set is of no use: it is made anew
+        raise
+
+
+@contextlib.contextmanager
+def _no_cycles() -> Iterator[None]:
+    """Python's search for cycles off: records hold none, and to walk a million of them again and again takes a third
+    of this process's time.
+    """
+    was_on = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_on:
+            gc.enable()
+
+
+def _make(
+    recipe: Recipe, digests: dict[str, str], *, out: Path, workers: Workers, progress: Callable[[str], None]
+) -> tuple[dict[str, polars.DataFrame], dict[str, Any], list[dict[str, Any]] | None]:
+    """(tables by name, the manifest's entries, the records for a person to read, if any). The records end with it."""
+    seed, details = recipe.seed, dict[str, Any]()
     files, forgotten = find_files(recipe), forgotten_places(read_forgotten(out), digests)
     privacy = open_privacy(recipe.privacy, domain_policy=_domain_policy(recipe), seed=seed)
     accounts = Accounts([*files.sources, *files.general], forgotten=forgotten)
-    with Workers(recipe.scale) as workers:
-        roles, cleaned = read_records(accounts, files, recipe, privacy=privacy, workers=workers, progress=progress)
-        accounts.records, details["privacy"], review = privacy.rewrite_records(accounts.records, workers, progress)
+    roles, cleaned = read_records(accounts, files, recipe, privacy=privacy, workers=workers, progress=progress)
+    details["privacy"], review = privacy.rewrite_records(accounts.records, workers, progress)
     accounts.refuse_too_few()
     task = _task(recipe.data, [record for record in accounts.records if record.method is None])
     check_balance(recipe.balance, [source.name for source in files.sources], task)
@@ -98,19 +134,19 @@ def prepare(
         other = contradictions(accounts.records, recipe.clean.contradictions, cleaned)
         accounts.reject(other, "same prompt as a record with another label")
     progress("looking for duplicates")
-    comparison, benchmarks = _deduplicate(accounts, files.benchmarks, recipe.dedup, task)
+    comparison, benchmarks = _deduplicate(accounts, files.benchmarks, recipe.dedup, task, workers)
     accounts.refuse_too_few()
     splits = _split(recipe.data, accounts, task, seed)
-    made, details["paraphrases"] = _balance_and_augment(accounts, splits, recipe, task, progress)
+    made, details["paraphrases"] = _balance_and_augment(accounts, splits, recipe, comparison, progress)
     progress("checking what the splits share")
     details["leakage"] = certify(accounts, splits, made, comparison, config=recipe.dedup, seed=seed)
     details["leakage"]["benchmarks"] = benchmarks
     accounts.sort()
     records = [*accounts.records, *made]
     weights = class_weights(_train(accounts.records, splits) + made, recipe.balance, task=task)
-    table = records_table(records, [splits[id(record)] for record in records], task, weights)
+    table = records_table(records, [splits[id(record)] for record in records], task, weights, workers)
     conflicts = conflicts_table(accounts.records, accounts.pairs, task)
-    details = _describe_all(accounts, table, task, recipe, digests) | details | {"class_weights": weights}
+    details = _describe_all(accounts, table, comparison, recipe, digests) | details | {"class_weights": weights}
     details["roles"], details["label_conflicts"] = _describe(roles), len(conflicts)
     details |= {"cleaning": cleaned.report(recipe.clean), "columns": propose(files.sources[0], roles[files.sources[0]])}
     counts = details["counts"]
@@ -123,18 +159,7 @@ def prepare(
     if recipe.data.canaries:
         tables["canaries"] = canaries_table(recipe.data.canaries, seed)
         tables["records"] = plant(table, tables["canaries"])
-    work = artifacts.work_folder(out, key)
-    try:
-        if privacy.policy:
-            artifacts.write_atomic(work / "privacy_review.jsonl", review_lines(review))
-        _write(work, tables, details)
-        return artifacts.complete(
-            work, out, kind="dataset", key=key, config=recipe.model_dump(include=OWNED), parents={}, started=started,
-            details=details,
-        )  # fmt: skip
-    except RunError:
-        shutil.rmtree(work, ignore_errors=True)  # half a data set is of no use: it is made anew
-        raise
+    return tables, details, review if privacy.policy else None
 
 
 def _key(recipe: Recipe, digests: dict[str, str], forgotten: list[dict[str, Any]]) -> str:
@@ -155,13 +180,13 @@ def _domain_policy(recipe: Recipe) -> str | None:
 
 
 def _deduplicate(
-    accounts: Accounts, benchmarks: list[Source], config: DedupConfig, task: str
+    accounts: Accounts, benchmarks: list[Source], config: DedupConfig, task: str, workers: Workers
 ) -> tuple[Comparison, dict[str, dict[str, Any]]]:
     """Merges copies, finds near-duplicates, and rejects what would train on a test file or a benchmark."""
     if config.exact:
         accounts.records, merged = merge_exact(accounts.records)
         accounts.merged += merged
-    comparison = Comparison(accounts.records, task)
+    comparison = Comparison(accounts.records, task, workers)
     if config.near != "ignore":
         accounts.pairs = find_pairs(accounts.records, comparison, config.threshold)
     for problem, records in test_leaks(accounts.records, accounts.pairs).items():
@@ -194,18 +219,22 @@ def _split(config: DataConfig, accounts: Accounts, task: str, seed: int) -> dict
 
 
 def _balance_and_augment(
-    accounts: Accounts, splits: dict[int, str], recipe: Recipe, task: str, progress: Callable[[str], None]
+    accounts: Accounts,
+    splits: dict[int, str],
+    recipe: Recipe,
+    comparison: Comparison,
+    progress: Callable[[str], None],
 ) -> tuple[list[Record], dict[str, Any]]:
     """The synthetic records, all of them for training, and what the base was asked for; what balance leaves out is
     rejected.
     """
-    seed, domain = recipe.seed, load_domain(recipe.domain) if recipe.domain else None
-
+    seed, task, domain = recipe.seed, comparison.task, load_domain(recipe.domain) if recipe.domain else None
     left = left_out(_train(accounts.records, splits), recipe.balance, task=task, seed=seed)
     accounts.reject(left, LEFT_OUT)
     train = _train(accounts.records, splits)
     asked = ask_base(train, recipe, domain, progress)
-    made = augment(train, recipe.augment, domain, seed=seed, task=task, rewritten=asked.messages)
+    variation = Variation(recipe.augment, domain, seed, task)
+    made = augment(train, variation, rewritten=asked.messages, workers=comparison.workers)
     made += repeated(train, recipe.balance, task=task, seed=seed)
     general = [record for record in accounts.records if record.method == GENERAL]
     accounts.reject(general_excess(general, len(train) + len(made), recipe.balance, seed=seed), NOT_NEEDED)
@@ -227,11 +256,11 @@ def _write(work: Path, tables: dict[str, polars.DataFrame], details: dict[str, A
 
 
 def _describe_all(
-    accounts: Accounts, table: polars.DataFrame, task: str, recipe: Recipe, digests: dict[str, str]
+    accounts: Accounts, table: polars.DataFrame, comparison: Comparison, recipe: Recipe, digests: dict[str, str]
 ) -> dict[str, Any]:
     """The manifest's entries about rows and records."""
     counts = accounts.counts()
-    own = [record for record in accounts.records if record.method is None]
+    task, own = comparison.task, [record for record in accounts.records if record.method is None]
     methods = table.filter(polars.col("parent_id").is_not_null())["method"].value_counts().sort("method")
     total = {what: sum(c[what] for c in counts.values()) for what in ("rows", "kept", "merged", "rejected")}
     return {
@@ -249,15 +278,15 @@ def _describe_all(
             {"file": s.name, "sha256": digests[s.name], **counts[s], **describe_source(s)} for s in accounts.sources
         ],
         "seed": recipe.seed,
-    } | _covered(accounts.records, recipe)
+    } | _covered(accounts.records, recipe, comparison.workers)
 
 
-def _covered(records: list[Record], recipe: Recipe) -> dict[str, Any]:
+def _covered(records: list[Record], recipe: Recipe, workers: Workers) -> dict[str, Any]:
     """What of the domain's glossary stands in the records."""
     if not recipe.domain:
         return {}
     domain = load_domain(recipe.domain)
-    return {"domain": {"name": domain.name, **coverage(domain, records)}}
+    return {"domain": {"name": domain.name, **coverage(domain, records, workers)}}
 
 
 def _task(config: DataConfig, records: list[Record]) -> str:

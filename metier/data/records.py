@@ -27,7 +27,6 @@ SPEAKERS = {
 }
 TOOLS = ("tool", "function", "function_call", "observation")
 NO_HISTORY = "; `data.history: none` leaves the column out"
-_SPACES = re.compile(r"\s+")
 _HAN = re.compile(r"[\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\U00020000-\U0003ffff]+")
 _LATIN = re.compile(r"[A-Za-z\u00c0-\u024f]+")
 _LETTERS = re.compile(r"[^\W\d_]+")
@@ -54,6 +53,11 @@ class Record:
     method: str | None = None
     number: int = 0
 
+    def __reduce__(self) -> tuple[type[Record], tuple[Any, ...]]:
+        """For another process, as in `Row`."""
+        own = (self.source, self.row, self.messages, self.group_id, self.prompt, self.parent, self.method, self.number)
+        return Record, own
+
     @property
     def group(self) -> str:
         return self.prompt if self.group_id is None else self.group_id
@@ -65,7 +69,7 @@ class Record:
 
 def same_input(record: Record) -> tuple[str, ...]:
     """What is equal for records that ask the same, whatever the answer: case and white space do not count."""
-    return tuple(_SPACES.sub(" ", message["content"]).casefold() for message in record.messages[:-1])
+    return tuple(" ".join(message["content"].casefold().split()) for message in record.messages[:-1])
 
 
 @dataclass(frozen=True, slots=True)

@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import io
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import polars
 
 from metier.artifacts import digest_json
 from metier.data.dedup import Merged, Pair
-from metier.data.records import Record, Rejection, language_of, same_input
+from metier.data.partitions import Workers, parts
+from metier.data.records import Message, Record, Rejection, language_of, same_input
 
+Identity = tuple[str, int, list[Message], str | None, int]  # file, row, messages, method, number
+
+AT_ONCE = 100_000
 RECORDS_SCHEMA: dict[str, Any] = {
     "record_id": polars.String,
     "split": polars.String,
@@ -49,39 +54,58 @@ CONFLICTS_SCHEMA: dict[str, Any] = {
 
 def record_id(record: Record) -> str:
     """16 hexadecimal digits that follow from where the record stands and what is in it."""
-    made = [record.method, record.number] if record.method else []
-    return digest_json([record.source.name, record.row.number, record.messages, *made])[:16]
+    return _id(*_identity(record))
+
+
+def _identity(record: Record) -> Identity:
+    return record.source.name, record.row.number, record.messages, record.method, record.number
+
+
+def _id(file: str, row: int, messages: list[Message], method: str | None, number: int) -> str:
+    return digest_json([file, row, messages, *([method, number] if method else [])])[:16]
+
+
+def identity_part(part: Sequence[Identity]) -> list[tuple[str, str]]:
+    """The record_id and the language of some records."""
+    return [(_id(*identity), language_of(identity[2])) for identity in part]
 
 
 def records_table(
-    records: list[Record], splits: list[str], task: str, weights: dict[str, float] | None = None
+    records: list[Record], splits: list[str], task: str, weights: dict[str, float], workers: Workers
 ) -> polars.DataFrame:
     """The rows of records.parquet; `splits` holds each record's split, `weights` a label's weight in training."""
-    ids = {id(record): record_id(record) for record in records}
-    language: dict[int, str] = {}  # repeats share their messages
-    for record in records:
-        if id(record.messages) not in language:
-            language[id(record.messages)] = language_of(record.messages)
-    table = polars.DataFrame(
-        {
-            "record_id": list(ids.values()),
-            "split": splits,
-            "group_id": [record.group_id for record in records],
-            "messages": _messages(records),
-            "label": [r.answer if task == "classification" and r.method != "general" else None for r in records],
-            "language": [language[id(record.messages)] for record in records],
-            "source_file": [record.source.name for record in records],
-            "source_row": [record.row.number for record in records],
-            "parent_id": [(ids.get(id(r.parent)) or record_id(r.parent)) if r.parent else None for r in records],
-            "method": [record.method for record in records],
-            "weight": None,
-        },
-        schema=RECORDS_SCHEMA,
-    )
+    found = [one for some in workers.map(identity_part, _identities(records)) for one in some]
+    ids = {id(record): record_id for record, (record_id, _) in zip(records, found, strict=True)}
+    # Some at a time: the lists that a table is made of take more memory than the table.
+    made = [
+        polars.DataFrame(
+            {
+                "record_id": [record_id for record_id, _ in found[rows]],
+                "split": splits[rows],
+                "group_id": [record.group_id for record in some],
+                "messages": _messages(some),
+                "label": [r.answer if task == "classification" and r.method != "general" else None for r in some],
+                "language": [language for _, language in found[rows]],
+                "source_file": [record.source.name for record in some],
+                "source_row": [record.row.number for record in some],
+                "parent_id": [(ids.get(id(r.parent)) or record_id(r.parent)) if r.parent else None for r in some],
+                "method": [record.method for record in some],
+                "weight": None,
+            },
+            schema=RECORDS_SCHEMA,
+        )
+        for rows in (slice(start, start + AT_ONCE) for start in range(0, len(records), AT_ONCE))
+        for some in [records[rows]]
+    ]
+    table = polars.concat(made, rechunk=False)
     if not weights:
         return table
     of_label = polars.col("label").replace_strict(weights, default=None, return_dtype=polars.Float64)
     return table.with_columns(weight=polars.when(polars.col("split") == "train").then(of_label))
+
+
+def _identities(records: list[Record]) -> Iterator[list[Identity]]:
+    return ([_identity(record) for record in part] for part in parts(records))
 
 
 def _messages(records: list[Record]) -> polars.Series:

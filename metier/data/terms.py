@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import polars
 
+from metier.data.partitions import Workers, parts
 from metier.data.records import Record
 from metier.domains import Domain
 
@@ -28,7 +29,7 @@ class Span(NamedTuple):
     name: str
 
 
-def find_terms(domain: Domain, texts: list[str]) -> list[list[Span]]:
+def find_terms(domain: Domain, texts: Sequence[str]) -> list[list[Span]]:
     """Every term in every text: whole words, those with capitals inside only as written; they may overlap."""
     names = domain.names()
     if not names:
@@ -64,22 +65,28 @@ def _matches(pattern: re.Pattern[str], lower: str, text: str) -> Iterator[re.Mat
         at = lowered.find(lower, match.end() if match else at + 1)
 
 
-def coverage(domain: Domain, records: list[Record]) -> dict[str, Any]:
+def coverage(domain: Domain, records: list[Record], workers: Workers | None = None) -> dict[str, Any]:
     """How many of the glossary's terms stand in the records, and how many records hold one.
 
     Latin names count as whole words; those with capitals inside (CAR, eGFR) only as written.
     """
     texts = ["\n".join(t["content"] for t in record.messages if t["role"] != "system") for record in records]
-    spans = find_terms(domain, texts)
-    found = {span.name for some in spans for span in some}
+    done = list((workers or Workers()).map(coverage_part, parts(texts), domain))
+    found = {name for names, _ in done for name in names}
     known = [not found.isdisjoint((*term.en, *term.zh)) for term in domain.terms]
     missing = [(term.en or term.zh)[0] for term, is_known in zip(domain.terms, known, strict=True) if not is_known]
     return {
         "terms": len(domain.terms),
         "terms_found": sum(known),
-        "records_with_a_term": sum(map(bool, spans)),
+        "records_with_a_term": sum(count for _, count in done),
         "terms_missing": missing,
     }
+
+
+def coverage_part(texts: Sequence[str], domain: Domain) -> tuple[set[str], int]:
+    """The terms' names in the texts, and how many texts hold one."""
+    spans = find_terms(domain, texts)
+    return {span.name for some in spans for span in some}, sum(map(bool, spans))
 
 
 def token_cost(domain: Domain, encode: Callable[[str], list[int]]) -> list[str]:

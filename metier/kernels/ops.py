@@ -45,7 +45,7 @@ def add_low_rank_(
     """y += low down, in place: y [M, I], low [M, R], down [R, I], or [J, R, I] with `groups`."""
     if groups is None:
         return y.addmm_(low, down)
-    if groups.bounds is not None and y.is_cuda and y.dtype != torch.float64:
+    if groups.bounds is not None and y.dtype != torch.float64:
         return _on(y, "add_low_rank", groups)(None, y, low, down.mT, groups, y)  # type: ignore[no-any-return]
     for adapter, start, end in groups.spans:
         y[start:end].addmm_(low[start:end], down[adapter])

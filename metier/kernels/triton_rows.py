@@ -1,8 +1,10 @@
-"""Triton kernels that go along rows: normalise, quantise and project in one reading. CUDA only; imported on first use.
+"""Triton kernels that go along rows: normalise, quantise, project. CUDA only; imported on first use.
 
-A program owns a block of rows and walks their columns: twice where a sum or the largest magnitude must be known before
-anything can be written, the second time backwards, over what is still in the cache. Each equals its namesake in
-`metier.kernels.reference`.
+Where a sum or the largest magnitude of a row must be known before anything can be written, a program holds whole rows
+in registers, and a product of its own projects what is then still in the cache. Where it is known, one reading does
+both. Each equals its namesake in `metier.kernels.reference`.
+
+Limits: rows of up to 32,768 columns where they are held whole.
 """
 
 from __future__ import annotations
@@ -14,7 +16,7 @@ import triton
 import triton.language as tl
 
 from metier.kernels import triton_groups
-from metier.kernels.reference import FP8, Groups, Rows, rank_gradient
+from metier.kernels.reference import FP8, Groups, Rows, product32, rank_gradient
 from metier.kernels.triton_groups import cut, is_even, share_of
 from metier.kernels.triton_tiles import add_low_rank
 
@@ -29,60 +31,27 @@ def _to_e4m3(value, inverse):
 
 
 @triton.jit
-def _project_rows(x, factor, down, target, scale_out, rstd_out, low, bounds, num_rows, num_cols, rank, shares, eps,
-                  x_stride, down_stride_j, down_stride_n, down_stride_r, GROUPED: tl.constexpr,
-                  NORM: tl.constexpr, HAS_FACTOR: tl.constexpr, HAS_DOWN: tl.constexpr, QUANTISE: tl.constexpr,
-                  PRECISION: tl.constexpr, BR: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr):  # fmt: skip
-    adapter, first, last = share_of(tl.program_id(0), bounds, num_rows, BM, shares, GROUPED)
-    down += adapter * down_stride_j
-    rows = (first + tl.arange(0, BM)).to(tl.int64)
-    row_mask = rows < last
-    stop = num_cols
-    if GROUPED:
-        stop = tl.where(first < last, num_cols, 0)
-    ranks = tl.arange(0, BR)
-    squares = tl.zeros([BM], tl.float32)
-    largest = tl.zeros([BM], tl.float32)
-    acc = tl.zeros([BM, BR], tl.float32)
-    for start in range(0, stop, BN):
-        cols = start + tl.arange(0, BN)
-        col_mask = cols < num_cols
-        raw = tl.load(x + rows[:, None] * x_stride + cols[None, :], row_mask[:, None] & col_mask[None, :], other=0.0)
-        value = raw.to(tl.float32)
-        if NORM:
-            squares += tl.sum(value * value, 1)
-        if HAS_FACTOR:
-            value = value * tl.load(factor + cols, col_mask, other=0.0).to(tl.float32)[None, :]
-        if QUANTISE:
-            largest = tl.maximum(largest, tl.max(tl.abs(value), 1))
-        if HAS_DOWN:
-            weight = tl.load(down + cols[:, None] * down_stride_n + ranks[None, :] * down_stride_r,
-                             col_mask[:, None] & (ranks < rank)[None, :], other=0.0)  # fmt: skip
-            read = value.to(raw.dtype) if NORM else raw
-            acc = tl.dot(read, weight, acc, input_precision=PRECISION)
-    times = tl.zeros([BM], tl.float32) + 1.0
+def _whole_rows(x, factor, target, scale_out, rstd_out, num_rows, num_cols, x_stride, eps,
+                NORM: tl.constexpr, HAS_FACTOR: tl.constexpr, QUANTISE: tl.constexpr, BM: tl.constexpr,
+                BN: tl.constexpr):  # fmt: skip
+    # From the end: what reads next begins with the rows that are still in the cache.
+    rows = ((tl.num_programs(0) - 1 - tl.program_id(0)) * BM + tl.arange(0, BM)).to(tl.int64)
+    row_mask = rows < num_rows
+    cols = tl.arange(0, BN)
+    col_mask = cols < num_cols
+    mask = row_mask[:, None] & col_mask[None, :]
+    value = tl.load(x + rows[:, None] * x_stride + cols[None, :], mask, other=0.0).to(tl.float32)
     if NORM:
-        times = tl.rsqrt(squares / num_cols + eps)
-        tl.store(rstd_out + rows, times, row_mask)
-    if HAS_DOWN:
-        if NORM:
-            acc = acc * times[:, None]
-        tl.store(low + rows[:, None] * rank + ranks[None, :], acc.to(low.dtype.element_ty),
-                 row_mask[:, None] & (ranks < rank)[None, :])  # fmt: skip
+        rstd = tl.rsqrt(tl.sum(value * value, 1) / num_cols + eps)
+        tl.store(rstd_out + rows, rstd, row_mask)
+        value = value * rstd[:, None]
+    if HAS_FACTOR:
+        value = value * tl.load(factor + cols, col_mask, other=0.0).to(tl.float32)[None, :]
     if QUANTISE:
-        scale = tl.maximum(largest * times, 1e-12) / 448.0
+        scale = tl.maximum(tl.max(tl.abs(value), 1), 1e-12) / 448.0
         tl.store(scale_out + rows, scale, row_mask)
-        times = times / scale
-    if QUANTISE or NORM:
-        num_blocks = tl.cdiv(stop, BN)
-        for step in range(num_blocks):
-            cols = (num_blocks - 1 - step) * BN + tl.arange(0, BN)
-            mask = row_mask[:, None] & (cols < num_cols)[None, :]
-            z = tl.load(x + rows[:, None] * x_stride + cols[None, :], mask, other=0.0).to(tl.float32)
-            if HAS_FACTOR:
-                z = z * tl.load(factor + cols, cols < num_cols, other=0.0).to(tl.float32)[None, :]
-            z = _to_e4m3(z, times[:, None]) if QUANTISE else z * times[:, None]
-            tl.store(target + rows[:, None] * num_cols + cols[None, :], z.to(target.dtype.element_ty), mask)
+        value = _to_e4m3(value, (1.0 / scale)[:, None])
+    tl.store(target + rows[:, None] * num_cols + cols[None, :], value.to(target.dtype.element_ty), mask)
 
 
 @triton.jit
@@ -149,75 +118,122 @@ def project_rows(
     eps: float | None = None,
     quantise: bool = False,
     largest: torch.Tensor | None = None,
+    into: torch.Tensor | None = None,
     groups: Groups | None = None,
 ) -> Rows:
+    """`into` [M, I] e4m3 is written to, where it is given, instead of new memory."""
     num_rows, num_cols = x.shape
     is_norm = eps is not None
     assert is_norm or quantise or factor is None
-    rank = down.shape[-1] if down is not None else 0
-    # Of several adapters none is too wide: `MAX_GROUPED_RANK`, of at most three layers.
-    is_fused = 0 < rank <= (MAX_FUSED_RANK if groups is None else 256)
-    target, scale, rstd, low = x, x, x, None
-    if is_norm or quantise:
+    target, scale, rstd = x, None, None
+    if into is not None and quantise:
+        target = into
+    elif is_norm or quantise:
         target = torch.empty(num_rows, num_cols, device=x.device, dtype=FP8 if quantise else x.dtype)
     if quantise:
         scale = torch.empty(num_rows, 1, device=x.device, dtype=torch.float32)
     if is_norm:
         rstd = torch.empty(num_rows, device=x.device, dtype=torch.float32)
-    if is_fused:
-        low = torch.empty(num_rows, len(segments) * rank, device=x.device, dtype=x.dtype)
-    one, low_out = x if factor is None else factor, x if low is None else low
-    options: dict[str, Any] = {"HAS_FACTOR": factor is not None, "HAS_DOWN": is_fused, "QUANTISE": quantise}
-    projection = (down if is_fused else x, *(_strides(down) if down is not None else (0, 0, 0)))
-    if quantise and not is_norm and largest is None and len(segments) > 1:
-        largest = (x.float() * factor if factor is not None else x.float()).abs().amax(1)
     if is_norm or (quantise and largest is None):
-        block = _row_block(x, rank * is_fused)
-        shares = cut(x, block["BM"], groups)
-        _project_rows[(shares.total,)](
-            x, one, projection[0], target, scale, rstd, low_out, shares.bounds, num_rows, num_cols, rank, shares.each,
-            eps or 0.0, x.stride(0), *projection[1:], GROUPED=shares.is_grouped, NORM=is_norm, **options, **block,
+        block = _row_block(x)
+        _whole_rows[(triton.cdiv(num_rows, block["BM"]),)](
+            x, x if factor is None else factor, target, x if scale is None else scale, x if rstd is None else rstd,
+            num_rows, num_cols, x.stride(0), eps or 0.0, NORM=is_norm, HAS_FACTOR=factor is not None,
+            QUANTISE=quantise, **block,
         )  # fmt: skip
-    elif quantise or is_fused:
-        ends = segments if is_fused else (num_cols,)
-        block = _segment_block(x, rank * is_fused, ends, quantise)
-        block["EVEN"] &= is_even(x, groups)
-        chunks, shares = block.pop("chunks"), cut(x, block["BM"], groups)
-        if chunks > 1 and low is not None:
-            low_out = torch.empty(chunks, *low.shape, device=x.device, dtype=torch.float32)
-        _scaled_rows[(shares.total, len(ends) * chunks)](
-            x, one, projection[0], x if largest is None else largest, target, scale, low_out, shares.bounds, num_rows,
-            num_cols, rank, shares.each, x.stride(0), *projection[1:], *(*ends[:-1], 0, 0)[:2], chunks,
-            GROUPED=shares.is_grouped, SEGMENTS=len(ends), **options, **block,
-        )  # fmt: skip
-        if chunks > 1 and low is not None:
-            low.copy_(low_out.sum(0))
-    if down is not None and not is_fused:
-        source = x
-        if is_norm:
-            assert factor is not None
-            source = (x * rstd[:, None] * factor).to(x.dtype) if quantise else target
-        starts = (0, *segments[:-1])
-        low = torch.cat([source[:, a:b] @ down[a:b] for a, b in zip(starts, segments, strict=True)], 1)
-    return Rows(
-        None if quantise else target, target if quantise else None, scale if quantise else None, low,
-        rstd if is_norm else None,
+    is_scaled = largest is not None and quantise and not is_norm
+    low = None
+    if down is None or not is_scaled or not _is_fused(down, groups):
+        if is_scaled:
+            _scale(x, factor, None, (num_cols,), scaled=(largest, target, scale), groups=groups)
+        if down is not None:
+            low = _low(x, target, factor if is_norm else None, rstd, down, segments, groups)
+    else:
+        low = _scale(x, factor, down, segments, scaled=(largest, target, scale), groups=groups)
+    return Rows(None if quantise else target, target if quantise else None, scale, low, rstd)
+
+
+def _row_block(x: torch.Tensor) -> dict[str, int]:
+    """Measured at 2,048 and 8,192 rows of 4,096 columns on an H100: one row or two, four warps or eight, are alike."""
+    cols = triton.next_power_of_2(x.shape[1])
+    assert cols <= 32768, f"rows of {x.shape[1]} columns"
+    return {"BM": max(1, 4096 // cols), "BN": cols, "num_warps": max(4, min(16, cols // 1024))}
+
+
+def _low(
+    x: torch.Tensor,
+    target: torch.Tensor,
+    factor: torch.Tensor | None,
+    rstd: torch.Tensor | None,
+    down: torch.Tensor,
+    segments: tuple[int, ...],
+    groups: Groups | None,
+) -> torch.Tensor:
+    """The projection of x, or with `rstd` of its normalised form: `target`, unless that is in e4m3."""
+    if rstd is None:
+        return _project(x, down, segments, groups).to(x.dtype)
+    if target.dtype == x.dtype:
+        return _project(target, down, segments, groups).to(x.dtype)
+    if factor is not None:
+        down = (down * factor[:, None]).to(x.dtype)
+    low = _project(x, down, segments, groups)
+    return torch.mul(low, rstd[:, None], out=torch.empty(low.shape, device=x.device, dtype=x.dtype))
+
+
+def _project(
+    x: torch.Tensor, down: torch.Tensor, segments: tuple[int, ...], groups: Groups | None
+) -> torch.Tensor:  # fmt: skip
+    """x [M, I] times down [I, R], range by range, in fp32."""
+    if groups is not None or (len(segments) > 1 and _is_fused(down, groups)):
+        return _scale(x, None, down, segments, scaled=None, groups=groups)
+    starts = (0, *segments[:-1])
+    parts = [product32(x[:, a:b], down[a:b]) for a, b in zip(starts, segments, strict=True)]
+    return parts[0] if len(parts) == 1 else torch.cat(parts, 1)
+
+
+def _is_fused(down: torch.Tensor, groups: Groups | None) -> bool:
+    # Of several adapters none is too wide: `MAX_GROUPED_RANK`, of at most three layers.
+    return down.shape[-1] <= (MAX_FUSED_RANK if groups is None else 256)
+
+
+Scaled = tuple[torch.Tensor | None, torch.Tensor, torch.Tensor | None]
+
+
+def _scale(
+    x: torch.Tensor,
+    factor: torch.Tensor | None,
+    down: torch.Tensor | None,
+    segments: tuple[int, ...],
+    *,
+    scaled: Scaled | None,
+    groups: Groups | None,
+) -> torch.Tensor:
+    """Launches `_scaled_rows`; returns the projection, in x's dtype where x is quantised too, else in fp32.
+
+    `scaled` are the rows' largest magnitudes, what is written, and its scales.
+    """
+    num_rows, num_cols = x.shape
+    rank = down.shape[-1] if down is not None else 0
+    largest, target, scale = scaled if scaled is not None else (None, x, None)
+    block = _segment_block(x, rank, segments, scaled is not None)
+    block["EVEN"] &= is_even(x, groups)
+    chunks, shares = block.pop("chunks"), cut(x, block["BM"], groups)
+    dtype = x.dtype if scaled is not None and chunks == 1 else torch.float32
+    low = torch.empty(chunks, num_rows, len(segments) * rank, device=x.device, dtype=dtype)
+    _scaled_rows[(shares.total, len(segments) * chunks)](
+        x, x if factor is None else factor, x if down is None else down, x if largest is None else largest, target,
+        x if scale is None else scale, low, shares.bounds, num_rows, num_cols, rank, shares.each, x.stride(0),
+        *((0, 0, 0) if down is None else _strides(down)), *(*segments[:-1], 0, 0)[:2], chunks,
+        GROUPED=shares.is_grouped, SEGMENTS=len(segments), HAS_FACTOR=factor is not None, HAS_DOWN=down is not None,
+        QUANTISE=scaled is not None, **block,
     )  # fmt: skip
+    total = low[0] if chunks == 1 else low.sum(0)
+    return total.to(x.dtype) if scaled is not None else total
 
 
 def _strides(down: torch.Tensor) -> tuple[int, int, int]:
     """From one adapter to the next, along the columns, along the rank."""
     return 0 if down.dim() == 2 else down.stride(0), down.stride(-2), down.stride(-1)
-
-
-def _row_block(x: torch.Tensor, rank: int) -> dict[str, Any]:
-    """Block sizes, measured at 2,048 to 8,192 rows of 4,096 columns on an H100; fewer rows get smaller blocks."""
-    is_small = rank > 64 or x.dtype == torch.float32
-    is_tall = x.shape[0] >= (2048 if rank <= 16 else 8192) and not is_small
-    return {
-        "BR": max(16, triton.next_power_of_2(rank)), "BM": 64 if is_tall else 16, "BN": 64 if is_small else 256,
-        "num_warps": 8 if is_tall else 4, "PRECISION": "ieee" if x.dtype == torch.float32 else "tf32",
-    }  # fmt: skip
 
 
 def _segment_block(x: torch.Tensor, rank: int, ends: tuple[int, ...], quantise: bool) -> dict[str, Any]:

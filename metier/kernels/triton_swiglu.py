@@ -14,7 +14,7 @@ import torch
 import triton
 import triton.language as tl
 
-from metier.kernels.reference import MAX_GROUPED_RANK, Groups, Rows, SwigluGrads, rank_gradient
+from metier.kernels.reference import FP8, MAX_GROUPED_RANK, Groups, Rows, SwigluGrads, rank_gradient
 from metier.kernels.triton_groups import Shares, cut, is_even, share_of
 from metier.kernels.triton_rows import project_rows
 
@@ -244,7 +244,16 @@ def swiglu_backward(
         assert low_dh is not None
         down_grad = rank_gradient(low_dh, dh, (next_rank,))
     segments = (half, 2 * half) if up is not None else ()
+    # In 16 bits dh, read for the last time, has just the size of the two gradients in e4m3.
+    into = dh.view(FP8) if quantise and dh.element_size() == 2 else None
     rows = project_rows(
-        gate_up, factor=factor, down=up, segments=segments, quantise=quantise, largest=largest, groups=groups
+        gate_up,
+        factor=factor,
+        down=up,
+        segments=segments,
+        quantise=quantise,
+        largest=largest,
+        into=into,
+        groups=groups,
     )
     return SwigluGrads(rows, up_grad, down_grad)

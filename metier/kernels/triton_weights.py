@@ -27,12 +27,11 @@ def _dequantise(packed, absmax, absmax_scale, offset, code, scales, out, scale_t
         offset
     )
     if TO_FP8:
+        # No larger than 448, up to rounding, which e4m3 rounds off again.
         magnitude = magnitude / tl.load(scales + rows, row_mask, other=1.0)[:, None]
     value = tl.join(tl.load(code + (both >> 4)), tl.load(code + (both & 15)))
     value = tl.reshape(value, [BM, BN // 64, 64]) * magnitude[:, :, None]
     value = tl.reshape(value, [BM, BN])
-    if TO_FP8:
-        value = tl.minimum(tl.maximum(value, -448.0), 448.0)
     cols = tl.program_id(1) * BN + tl.arange(0, BN)
     result = value.to(out.dtype.element_ty)
     if TRANSPOSED:
@@ -48,7 +47,7 @@ def dequantise_nf4_into(out: torch.Tensor, weight: Nf4, scales: torch.Tensor | N
     rows, cols = weight.shape
     assert cols % BLOCK == 0 and (scales is not None) == (out.dtype == FP8)
     # Measured on 22,016 x 4,096 on an H100.
-    block = {"BM": 128, "BN": 128} if transposed else {"BM": 16, "BN": 512}
+    block = {"BM": 64, "BN": 128} if transposed else {"BM": 16, "BN": 512}
     grid = (triton.cdiv(rows, block["BM"]), triton.cdiv(cols, block["BN"]))
     _dequantise[grid](
         weight.packed, weight.absmax, weight.absmax_scale, weight.offset, code_table(out.device),

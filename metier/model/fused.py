@@ -27,6 +27,7 @@ from metier.model.quantise import FrozenLinear
 from metier.model.shards import shards_of
 
 Recompute = Literal["none", "mlp", "layer"]
+IMAGES_AT_ONCE = 56
 ARCHITECTURES = ("llama", "mistral", "qwen2", "qwen3")
 
 
@@ -110,9 +111,10 @@ class FusedModel:
 
     @torch.no_grad()
     def refresh(self) -> None:
-        """Copies the adapter's fp32 masters into the sites."""
-        scaled = torch._foreach_mul([master for _, master, _ in self.images], [scale for *_, scale in self.images])
-        torch._foreach_copy_([image for image, *_ in self.images], scaled)
+        """Copies the adapter's fp32 masters into the sites, scaled in fp32, a few at a time: the copies are memory."""
+        for start in range(0, len(self.images), IMAGES_AT_ONCE):
+            images, masters, scales = zip(*self.images[start : start + IMAGES_AT_ONCE], strict=True)
+            torch._foreach_copy_(images, torch._foreach_mul(masters, scales))
 
     @property
     def training(self) -> bool:

@@ -41,7 +41,8 @@ class Site:
     `ends` are the layers' ends in the output, `names` the layers' in the model. Of one adapter, down [n R, I] holds the
     layers' A, up [O, R] their B times the scaling, both in the model's dtype; None where none of the layers has an
     adapter. Of several they are stacked, [J, n R, I] and [J, O, R], with R the largest rank and zeros beyond a smaller,
-    and `totals` are the sums of their gradients. `inputs` are the parameters that a pass hangs on.
+    and `totals` are the sums of their gradients, with `places` for each parameter. `inputs` are the parameters that a
+    pass hangs on.
     """
 
     weight: FrozenWeight
@@ -53,6 +54,7 @@ class Site:
     inputs: list[nn.Parameter] = field(default_factory=list)
     totals: tuple[torch.Tensor, ...] | None = None
     scalings: torch.Tensor | None = None
+    places: list[tuple[nn.Parameter, torch.Tensor]] = field(default_factory=list)
 
     @property
     def rank(self) -> int:
@@ -69,6 +71,7 @@ class Site:
     def images(self, dtype: torch.dtype, device: torch.device) -> list[tuple[torch.Tensor, nn.Parameter, float]]:
         """Makes `down` and `up`; where each master is copied to, and by what it is multiplied."""
         self.down = self.up = self.totals = self.scalings = None
+        self.places = []
         parameters, count = self.parameters, len(self.parts)
         self.inputs = parameters if count == 1 else parameters[:1]
         if not parameters:
@@ -86,6 +89,8 @@ class Site:
             self.totals = tuple(torch.zeros(shape, dtype=wide, device=device) for shape in shapes)
             scalings = [part.scaling for part in self.parts]
             self.scalings = torch.tensor(scalings, dtype=wide, device=device)[:, None, None]
+            for part, *own in zip(self.parts, *self.totals, strict=True):
+                self.places += self._places(part, *own)
         return found
 
     def _places(self, part: Part, down: torch.Tensor, up: torch.Tensor) -> list[tuple[nn.Parameter, torch.Tensor]]:
@@ -155,11 +160,8 @@ class Site:
 
     def settle(self) -> None:
         """Hands `totals` to the parameters of several adapters as their `.grad`."""
-        if self.totals is None:
-            return
-        for part, down, up in zip(self.parts, *self.totals, strict=True):
-            for parameter, grad in self._places(part, down, up):
-                parameter.grad = grad.to(parameter.dtype).contiguous()
+        for parameter, total in self.places:
+            parameter.grad = total.to(parameter.dtype).contiguous()
 
     def rank_gradient(self, dy: torch.Tensor, low: torch.Tensor | None, groups: Groups | None) -> torch.Tensor | None:
         """The gradient of `up` from dy [M, O] and low = x A^T [M, n R]."""
@@ -312,11 +314,16 @@ class _Output(torch.autograd.Function):
 
 
 class _Mlp(torch.autograd.Function):
-    """x [M, I] -> x + down(silu(gate(z)) * up(z)), z the norm of x. `keeps` gate and up, or computes them again."""
+    """x [M, I] -> x, after leaving h = silu(gate(z)) * up(z), z the norm of x, in `found` for `_Down`.
+
+    `keeps` gate and up, or computes them again. Its backward is that of both: it is given `_Down`'s gradient as it is.
+    Cut in two, since recomputation ends with the last tensor that is kept: the down product is not computed again.
+    """
 
     @staticmethod
     def forward(
-        ctx: Any, x: torch.Tensor, layer: Layer, keeps: bool, treatment: Treatment, *_: torch.Tensor
+        ctx: Any, x: torch.Tensor, layer: Layer, keeps: bool, treatment: Treatment, found: list[Rows],
+        *_: torch.Tensor,
     ) -> torch.Tensor:  # fmt: skip
         rows = _norm(x, layer.output_norm, layer.eps, layer.gate_up, treatment)
         both = layer.gate_up.weight.matmul(rows)
@@ -327,9 +334,10 @@ class _Mlp(torch.autograd.Function):
             )  # fmt: skip
         else:
             h = _projected(_activated(both, rows.low, layer.gate_up), layer.down, treatment)
+        found.append(h)
         ctx.save_for_backward(x, rows.rstd, rows.low, h.low, both if keeps else None)
         ctx.layer, ctx.treatment = layer, treatment
-        return ops.add_low_rank(x, layer.down.weight.matmul(h), h.low, layer.down.up, **_of(treatment.groups))
+        return x.view_as(x)
 
     @staticmethod
     def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
@@ -351,13 +359,27 @@ class _Mlp(torch.autograd.Function):
             dh, both, low, site.up, low_dh=next_low, down=next_down, factor=site.factor,
             quantise=site.weight.eats_fp8, **_of(groups),
         )  # fmt: skip
+        del both  # a third of what a recomputed layer holds, and read for the last time
         dx, down_grad = _norm_backward(
             site.weight.matmul_t(result.rows), x, site, treatment, rstd=rstd, weight=layer.output_norm,
             low=result.rows.low, projected=low, residual=dy,
         )  # fmt: skip
         here = site.gradients(down_grad, result.up, groups)
         below = next_site.gradients(result.down if dropout is None else next_grad, next_up, groups)
-        return dx, None, None, None, *here, *below
+        return dx, None, None, None, None, *here, *below
+
+
+class _Down(torch.autograd.Function):
+    """x [M, I] -> x + down(h), h taken from `found`; the gradient goes back to `_Mlp` unchanged."""
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, site: Site, treatment: Treatment, found: list[Rows]) -> torch.Tensor:
+        h = found.pop()
+        return ops.add_low_rank(x, site.weight.matmul(h), h.low, site.up, **_of(treatment.groups))
+
+    @staticmethod
+    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        return grads[0], None, None, None
 
 
 def run_layer(
@@ -369,4 +391,6 @@ def run_layer(
     attention = attend(q, k, v, documents).flatten(1)
     x = _Output.apply(x, attention, layer, treatment, *layer.o.inputs)  # type: ignore[no-untyped-call]
     parameters = (*layer.gate_up.inputs, *layer.down.inputs)
-    return _Mlp.apply(x, layer, keeps, treatment, *parameters)  # type: ignore[no-any-return, no-untyped-call]
+    found: list[Rows] = []
+    x = _Mlp.apply(x, layer, keeps, treatment, found, *parameters)  # type: ignore[no-untyped-call]
+    return _Down.apply(x, layer.down, treatment, found)  # type: ignore[no-any-return, no-untyped-call]

@@ -12,7 +12,7 @@ from typing import Any
 import polars
 import pytest
 
-from metier.data.augment import add_typos, augment, convert_unit, shuffle_options, swap_term
+from metier.data.augment import Variation, add_typos, augment, convert_unit, shuffle_options, swap_term
 from metier.data.balance import class_weights, left_out, repeated
 from metier.data.lines import Row, Source
 from metier.data.prepare import prepare
@@ -181,7 +181,7 @@ def test_a_variant_differs_from_its_parent_in_the_prompt_alone(method: Any) -> N
 
     def once() -> list[Record]:
         config = AugmentConfig(methods=[method], copies=2)
-        return augment(records, config, MEDICINE, seed=0, task="classification", rewritten={})
+        return augment(records, Variation(config, MEDICINE, 0, "classification"), rewritten={})
 
     made = once()
     assert made == once()

@@ -7,6 +7,8 @@ from typing import Any
 import pytest
 import torch
 
+from metier.kernels.frozen import DenseWeight
+from metier.kernels.reference import Rows
 from metier.model.fused import FusedModel, Recompute, fuse, is_fused_architecture
 from metier.model.lora import Adapter, attach, new_adapter
 from metier.recipe import AdapterConfig
@@ -114,6 +116,28 @@ def test_dropout_masks_and_gradients_equal_the_plain_layers(
     (batch,) = pack_batches(random_records(7, model.config.vocab_size), 10_000, 99)
     with torch.no_grad():
         assert float(loss_sum(fused, batch)) == pytest.approx(float(loss_sum(model, batch)), rel=1e-6)
+
+
+class CountedWeight(DenseWeight):
+    """A weight that counts its forward products."""
+
+    __slots__ = ("count",)
+
+    def matmul(self, x: Rows) -> torch.Tensor:
+        self.count = getattr(self, "count", 0) + 1
+        return super().matmul(x)
+
+
+def test_a_recomputed_layer_ends_before_its_last_product() -> None:
+    model, adapter = with_adapter("llama3", torch.float64)
+    fused = fused_of(model, adapter, "layer")
+    for layer in fused.layers:
+        for site in layer.sites:
+            assert isinstance(site.weight, DenseWeight)
+            site.weight = CountedWeight(site.weight.weight)
+    gradients(fused, adapter, batch_for(model))
+    counts = [[site.weight.count for site in layer.sites] for layer in fused.layers]  # type: ignore[union-attr]
+    assert counts == [[2, 2, 2, 1]] * len(fused.layers)
 
 
 @pytest.mark.parametrize("recompute", ["mlp", "layer"])

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Iterator, Sequence
+from functools import lru_cache
 
 from metier.data.deidentify.addresses import find_addresses
 from metier.data.deidentify.chinese import find_chinese_names
@@ -27,6 +28,7 @@ _HAN = re.compile("[\u3400-\u4dbf\u4e00-\u9fff]")
 _LATIN = re.compile("[A-Za-z\u00c0-\u024f]{2}")
 # A longer text is read in parts, cut between words, so that the work grows with its length and not faster.
 PART = 4_000
+SHORT = 32
 # A run of letters as long as this is no word, and names are not looked for in it.
 _NO_WORD = re.compile(f"[{LETTER}'-]{{64,}}")
 _ADDRESS_GAP = re.compile(r"[, \n]{1,3}")
@@ -46,7 +48,8 @@ def detect(text: str, language: str = "auto", more: Sequence[str] = ()) -> list[
 def detect_together(texts: Sequence[str], language: str = "auto", more: Sequence[str] = ()) -> list[list[Span]]:
     """The same for the texts of one record: a name that one of them gives away is found in all of them."""
     folded = [fold(text) for text in texts]
-    found = [_candidates(text, language, more) for text, _ in folded]
+    more = tuple(more)
+    found = [(_of_short if len(text) <= SHORT else _candidates)(text, language, more) for text, _ in folded]
     names = {name for (text, _), (spans, _) in zip(folded, found, strict=True) for name in _sure_names(text, spans)}
     result = []
     for (text, offsets), (spans, protected) in zip(folded, found, strict=True):
@@ -54,6 +57,12 @@ def detect_together(texts: Sequence[str], language: str = "auto", more: Sequence
         apart = [s for s in _trimmed(text, resolve(_trimmed(text, spans))) if s.end - s.start > 1 or s.score >= SURE]
         result.append(unfold(_whole_addresses(text, sorted([*apart, *companions(text, apart)])), offsets))
     return result
+
+
+@lru_cache(maxsize=4096)
+def _of_short(text: str, language: str, more: tuple[str, ...]) -> tuple[list[Span], list[tuple[int, int]]]:
+    """The same, remembered: labels and short answers come again and again."""
+    return _candidates(text, language, more)
 
 
 def _candidates(text: str, language: str, more: Sequence[str]) -> tuple[list[Span], list[tuple[int, int]]]:

@@ -77,25 +77,27 @@ class Privacy:
 
     def rewrite_records(
         self, records: list[Record], workers: Workers, progress: Callable[[str], None]
-    ) -> tuple[list[Record], dict[str, Any], list[dict[str, Any]]]:
-        """The records rewritten, the manifest's entry, and the records for a person to read."""
+    ) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+        """Rewrites the records where they stand; returns the manifest's entry, and the records for a person to read."""
         if self.policy is None:
-            return records, self._look(records, progress), []
+            return self._look(records, progress), []
         progress(f"taking out personal data ({self.name})")
-        new, touched, counts = [], 0, Counter[str]()
-        for record, (texts, hashes) in zip(records, self._rewritten(records, workers), strict=True):
+        touched, counts = 0, Counter[str]()
+        for position, (texts, hashes) in enumerate(self._rewritten(records, workers)):
+            record = records[position]
             counts.update(entity_type for entity_type, _ in hashes)
             touched += bool(hashes)
             if hashes:
                 self.found[record.source.name, record.row.number] = hashes
-            new.append(self._record(record, texts))
-        looked_at = self._suspected(new, workers)
-        report = self._report(looked_at, counts, touched)
+            records[position] = self._record(record, texts)  # not beside the old ones: that would be all of them twice
+        looked_at = self._suspected(records, workers)
+        planted = next(workers.map(planted_recall, [[_text(record) for record, _ in looked_at]], self.seed))
+        report = self._report(looked_at, counts, touched) | {"planted": planted} | self._k_anonymity()
         progress(
-            f"{sum(counts.values()):,} identifiers in {touched:,} of {len(new):,} records were replaced; "
+            f"{sum(counts.values()):,} identifiers in {touched:,} of {len(records):,} records were replaced; "
             f"a second look suspects {sum(report['suspected'].values()):,} more in {report['looked_at']:,} records"
         )
-        return new, report, self._review(looked_at)
+        return report, self._review(looked_at)
 
     def subjects(self, rows: Iterator[tuple[str, str, int]]) -> dict[str, list[str]]:
         """record_id, subject_hash and entity_type of what was taken out; `rows` are (record_id, file, row)."""
@@ -115,8 +117,11 @@ class Privacy:
 
     def _rewritten(self, records: list[Record], workers: Workers) -> Iterator[Rewritten]:
         assert self.policy is not None
-        asked = [([m["content"] for m in r.messages], r.group_id or f"{r.source.name}:{r.row.number}") for r in records]
-        done = workers.map(rewrite_part, parts(asked), self.policy, self.key, self.config.recognizers)
+        asked = (
+            [([m["content"] for m in r.messages], r.group_id or f"{r.source.name}:{r.row.number}") for r in part]
+            for part in parts(records)
+        )
+        done = workers.map(rewrite_part, asked, self.policy, self.key, self.config.recognizers)
         return (rewritten for part in done for rewritten in part)
 
     def _suspected(self, records: list[Record], workers: Workers) -> list[tuple[Record, list[Suspicion]]]:
@@ -158,8 +163,7 @@ class Privacy:
             "classes": list(self.policy.classes),
             "looked_at": len(looked_at),
             "suspected": dict(sorted(suspected.items())),
-            "planted": planted_recall([_text(record) for record, _ in looked_at], self.seed),
-        } | self._k_anonymity()
+        }
 
     def _k_anonymity(self) -> dict[str, Any]:
         if not self.config.quasi_identifiers:
