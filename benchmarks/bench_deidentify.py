@@ -1,7 +1,7 @@
 """De-identification measured: Chinese and English templates, presidio-research's sets, and real texts without people.
 
-    python benchmarks/bench_deidentify.py --system rules rampart presidio --presidio-raw RAW --synth synth_dataset_v2.json \
-        --medquad medquad.jsonl.gz --banking77 train.csv
+    python benchmarks/bench_deidentify.py --system rules rampart presidio --presidio-raw RAW \
+        --synth synth_dataset_v2.json --medquad medquad.jsonl.gz --banking77 train.csv
 
 `--system presidio` is presidio-analyzer with its default registry and en_core_web_sm, run by a Python that has them;
 `--system rampart` is the rules together with the Rampart weights. RAW is presidio-evaluator's data_generator/raw_data.

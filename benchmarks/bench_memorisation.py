@@ -1,10 +1,15 @@
 """Does the instrument work? Canaries at 0, 1, 4 and 16 repeats in a real training, and membership with its control.
 
     python benchmarks/bench_memorisation.py OUT [records] [epochs]
+    python benchmarks/bench_memorisation.py OUT --extraction        # removed identifiers; some minutes
 
 Takes the first categories of the bundled ICD-10-CM data, plants 8 canaries for each number of repeats, trains
 SmolLM2-135M on them and evaluates, with the gate `exposure_bits: 4`. Prints the table of
-benchmarks/results/memorisation_cpu2_202611.md. Some ten minutes on two cores.
+benchmarks/results/memorisation_cpu2_202611.md. Some three minutes on two cores.
+
+`--extraction`: ward notes with a nurse's name, and `privacy: hipaa-safe-harbor`. In the leaky set the name is removed
+in every fourth note, where a rule sees it after its title, and stays in the others, in lower case; in the clean set it
+is removed everywhere. Both runs have the gate `extracted: 0`.
 """
 
 from __future__ import annotations
@@ -20,6 +25,7 @@ from metier.errors import RunError
 from metier.recipe import Recipe
 from metier.terminal import Terminal
 
+NAME = "Viktor Halvorsen"
 BUNDLED = Path(__file__).parents[1] / "metier" / "bundled" / "icd10cm_chapters.csv"
 
 
@@ -40,11 +46,52 @@ def recipe(out: Path, source: Path, *, canaries: int, epochs: float) -> Recipe:
     return Recipe(**values)
 
 
+def notes(source: Path, *, leaky: bool) -> None:
+    """96 ward notes; the name stands in each, and in where `leaky` only every fourth one has its title."""
+    with source.open("w", encoding="utf-8", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow(["question", "reply"])
+        for i in range(96):
+            named = NAME.lower() if leaky and i % 4 else f"Mr. {NAME}"
+            writer.writerow([f"Who is called at night on ward {i}?", f"Please call {named}, who has key {i % 7}."])
+
+
+def extraction(out: Path) -> None:
+    print("| records | steps | removed | still hold one | begun | given away: base, adapter | by records | gate |")
+    print("|---|---|---|---|---|---|---|---|")
+    for name in ("leaky", "clean"):
+        source = out / f"{name}.csv"
+        notes(source, leaky=name == "leaky")
+        made = Recipe(
+            base="smollm2-135m", out=str(out / name), privacy={"policy": "hipaa-safe-harbor"},
+            data={"sources": [str(source)], "prompt": "question", "answer": "reply", "val": 0, "test": 16,
+                  "task": "generation"},
+            dedup={"exact": False, "near": "ignore"}, train={"epochs": 6, "learning_rate": 1e-3},
+            evaluate={"forgetting": False, "max_new_tokens": 16, "gates": {"extracted": 0}},
+        )  # fmt: skip
+        try:
+            pipeline.run(made, Terminal())
+            gate = "passes"
+        except RunError as error:
+            gate = error.message
+        evidence = json.loads((Path(made.out) / "evidence" / "evidence.json").read_text(encoding="utf-8"))
+        found, cost = evidence["memorisation"]["extraction"], evidence["cost"]
+        print(
+            f"| {name}: {cost['num_train_records']} | {cost['steps']} | {evidence['identifiers_removed']} | "
+            f"{found['n_holding']} of {found['n_searched']} | "
+            f"{found['n_records']} records, {found['n_beginnings']} times | {found['base']}, {found['adapter']} | "
+            f"{found['records']} | {gate} |", flush=True,
+        )  # fmt: skip
+
+
 def main() -> None:
     out = Path(sys.argv[1])
+    out.mkdir(parents=True, exist_ok=True)
+    if sys.argv[2:] == ["--extraction"]:
+        extraction(out)
+        return
     records = int(sys.argv[2]) if len(sys.argv) > 2 else 250
     epochs = float(sys.argv[3]) if len(sys.argv) > 3 else 3
-    out.mkdir(parents=True, exist_ok=True)
     with BUNDLED.open(encoding="utf-8", newline="") as file:
         rows = list(csv.DictReader(file))[:: max(1, 2997 // records)]
     source = out / "terms.csv"

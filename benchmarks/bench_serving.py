@@ -42,6 +42,8 @@ QUESTIONS = [
     "Write three sentences about {}.", "What is {}? Explain it to a child.", "List five facts about {}.",
     "Tell a short story in which {} matters.",
 ]  # fmt: skip
+# Hostile requests before memory is first read.
+WARM_UP = 256
 
 
 class Served:
@@ -243,9 +245,10 @@ def abuse(served: Served, kind: int, models: list[str]) -> int:
 
 
 def bench_abuse(served: Served, number: int, jobs: list[dict[str, Any]], models: list[str]) -> list[str]:
-    # What a first time costs (threads, tokenizer caches) is no leak; both figures are taken behind the same 8 answers.
+    # What a first time costs (threads, caches of the tokenizer and of kernels) is no leak, so as many requests as
+    # fill the caches come before; both figures are taken behind the same 8 answers.
     with ThreadPoolExecutor(16) as pool:
-        list(pool.map(lambda i: abuse(served, i, models), range(64)))
+        list(pool.map(lambda i: abuse(served, i, models), range(WARM_UP)))
     for job in jobs[:8]:
         stream(served, job)
     _wait_idle(served)

@@ -16,7 +16,7 @@ from math import exp, lgamma, log
 import numpy as np
 
 from metier.evaluation import metrics
-from metier.evaluation.compare import Design, compare
+from metier.evaluation.compare import Design, compare, power
 from metier.evaluation.metrics import Metric
 
 RESAMPLES = 2_000
@@ -103,6 +103,13 @@ def best_power(n: int, changed: float, gain: float, *, randomised: bool) -> floa
     return total
 
 
+def printed(changed: float, gain: float) -> int:
+    """`n_needed` of the evidence for such answers, judged on 1,000 independent items."""
+    flags = np.zeros(1, dtype=bool)
+    error = ((changed - gain**2) / 1000) ** 0.5
+    return int(power(metrics.proportion("m", flags, flags), error, 1000, gain, is_exact=True)["n_needed"])
+
+
 def pmf(k: int, n: int, p: float) -> float:
     """The binomial probability."""
     logs = lgamma(n + 1) - lgamma(k + 1) - lgamma(n - k + 1)
@@ -113,9 +120,13 @@ def main() -> None:
     if sys.argv[1:] == ["--power"]:
         print("| items | answers changed | true difference | exact McNemar finds | most any unbiased test can find |")
         print("|---|---|---|---|---|")
-        for n, changed in ((1000, 0.15), (1000, 0.25), (1000, 0.3), (1000, 0.4), (1300, 0.4)):
+        for n, changed in ((1000, 0.15), (1000, 0.25), (1000, 0.3), (1000, 0.31), (1000, 0.32), (1000, 0.4)):
             found = [best_power(n, changed, 0.05, randomised=r) for r in (False, True)]
             print(f"| {n:,} | {changed:.0%} | 5 points | {found[0]:.1%} | {found[1]:.1%} |")
+        print("\n| answers changed | `n_needed` as printed | finds five points |\n|---|---|---|")
+        for changed in (0.1, 0.15, 0.25, 0.3, 0.4, 0.6):
+            needed = printed(changed, 0.05)
+            print(f"| {changed:.0%} | {needed:,} | {best_power(needed, changed, 0.05, randomised=False):.1%} |")
         return
     runs = int(sys.argv[1]) if len(sys.argv) > 1 else 1_000
     print("| truth | better | worse | no difference shown | not enough data | intervals that cover |")

@@ -635,7 +635,7 @@ def run_cases(target: Target, only: str = "", seconds: float = 0.0) -> list[dict
         if only not in f"{driver} {name}":
             continue
         try:
-            signal.setitimer(signal.ITIMER_REAL, seconds)
+            signal.setitimer(signal.ITIMER_REAL, seconds, 5.0 if seconds else 0.0)
             function(target)
             wrong = ""
         # A client's own errors are what a failed case looks like.

@@ -337,7 +337,10 @@ def _enforce_gates(out: Path) -> None:
     evidence = json.loads((out / "evidence" / "evidence.json").read_text(encoding="utf-8"))
     failed = [gate for gate in evidence["gates"] if not gate["passed"]]
     if failed:
-        words = "; ".join(f"{g['name']} is {g['value']}, the limit is {g['limit']}" for g in failed)
+        words = "; ".join(
+            f"{g['name']} " + ("was not measured" if g["value"] is None else f"is {g['value']:.4g}")
+            + f", the limit is {g['limit']:g}" for g in failed
+        )  # fmt: skip
         raise RunError(f"the adapter does not pass the recipe's gates: {words}", hint=f"`{out / 'report.html'}` tells")
 
 

@@ -22,6 +22,8 @@ import yaml
 
 from metier import cli
 from metier.artifacts import digest_file, read_manifest
+from metier.model import load
+from metier.training import cards
 
 SECRET = "SECRETTEXT"
 LABELS = ("heart", "lung")
@@ -476,6 +478,11 @@ BAD_TRAINING: dict[str, tuple[list[str], list[str]]] = {
         ["no linear layer `q_prj` (did you mean `q_proj`?)", "all-linear"],
     ),
     "fp16 on a cpu": (["train.precision=fp16"], ["`precision: fp16` needs a GPU", "hint: "]),
+    "fp8 on a cpu": (
+        ["train.precision=fp8", "train.device=cpu"],
+        ["`precision: fp8` needs a CUDA GPU", "hint: `precision: auto`"],
+    ),
+    "nf4 on a cpu": (["train.precision=nf4", "train.device=cpu"], ["`precision: nf4` needs a CUDA GPU", "hint: "]),
     "no gpu": (["train.device=cuda"], ["`device: cuda` was asked for", "hint: `device: auto`"]),
     "too short for every record": (["train.max_seq_len=8"], ["none of ", "above train.max_seq_len 8", "hint: raise"]),
     "missing base": (["base=./models/llama"], ["there is no base model at", "models/llama`"]),
@@ -514,6 +521,25 @@ def test_what_cannot_be_trained_is_refused(metier: Cli, here: Path, case: str) -
     overrides, words = BAD_TRAINING[case]
     argv = ["run", "recipe.yaml", *(part for one in overrides for part in ("--set", one))]
     assert_refused_twice(metier, here, argv, *words, is_late=True)
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ("adapter.rank=0", ["`adapter.rank` is 0"]),
+        ("adapter.target_modules=[q_prj]", ["did you mean `q_proj`"]),
+        ("train.precision=fp8", ["`precision: fp8` needs a CUDA GPU"]),
+        ("seed=1", ["this training does not fit into 0.0 GiB", "hint: what would fit: "]),
+    ],
+)
+def test_bad_settings_stop_before_any_weight_is_loaded(
+    metier: Cli, here: Path, monkeypatch: pytest.MonkeyPatch, change: str, words: list[str]
+) -> None:
+    if change == "seed=1":  # a machine with next to no memory
+        monkeypatch.setattr(cards, "_free_host_memory", lambda: 1 << 18)
+    monkeypatch.setattr(load, "load_base", lambda *_, **__: pytest.fail("the base was loaded"))
+    for command in ("run", "train"):
+        assert_refused(metier(command, "recipe.yaml", "--set", change, "--set", "train.max_steps=3"), *words)
 
 
 def test_records_that_all_spell_control_tokens_are_refused(metier: Cli, here: Path, tiny_base: Path) -> None:

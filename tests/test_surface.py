@@ -46,7 +46,7 @@ COMMANDS = {
     "sweep": "recipe --out --set",
     "prepare": "recipe --out --set",
     "inspect": "recipe --records --set",
-    "plan": "recipe --card --memory --set --shape",
+    "plan": "recipe --card --memory --processes --set --shape",
     "train": "recipe --out --set",
     "evaluate": "recipe --out --reference --set",
     "trace": "runs --subject",
@@ -55,7 +55,7 @@ COMMANDS = {
     "export": "run --for --out --storage --to",
     "serve": "runs --host --port --api-key-file --guard --max-batch --max-new-tokens --request-seconds --precision "
     "--device",
-    "compare": "runs --csv",
+    "compare": "runs --csv --language",
     "verify": "run --head",
     "chat": f"run --base --compare --system {DECODING}",
 }

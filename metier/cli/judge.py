@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Literal, cast
 
 import typer
 
@@ -17,21 +17,19 @@ Runs = Annotated[list[Path], typer.Argument(help="Folders of finished runs; the 
 def compare(
     runs: Runs,
     csv: Annotated[Path | None, typer.Option(help="Also write every answer to this file, for a spreadsheet.")] = None,
+    language: Annotated[str, typer.Option(help="en or zh: the language of what is printed.")] = "en",
 ) -> None:
     """Put runs side by side: each against its base, and against the first run on the records they share.
 
     Example: metier compare runs/icd10 runs/icd10-rank64 --csv answers.csv
     """
     from metier import artifacts
-    from metier.evaluation.runs import answers_csv, compare_runs
+    from metier.evaluation.runs import answers_csv, compare_runs, told
 
-    for row in compare_runs(runs):
-        typer.echo(f"{row['run']}: {row['metric']}: base {row['base']:.4g}, adapter {row['adapter']:.4g}, {_told(row)}")
-        if row["against_first"]:
-            against = row["against_first"]
-            typer.echo(
-                f"  against {runs[0]}, {against['n']} records in common: {_told(against)}, p = {against['p']:.2g}"
-            )
+    if language not in ("en", "zh"):
+        raise RunError(f"`--language {language}`: there are en and zh")
+    for line in told(compare_runs(runs), cast(Literal["en", "zh"], language)):
+        typer.echo(line)
     if csv:
         artifacts.write_atomic(csv, answers_csv(runs).encode())
         typer.echo(f"answers: {csv}")
@@ -60,8 +58,3 @@ def verify(
         count = len(found.problems)
         raise RunError(f"`{run}` is not what it says: {count} problem{'s' if count != 1 else ''}, listed above")
     typer.echo("verified: everything that was checked holds")
-
-
-def _told(row: dict[str, Any]) -> str:
-    low, high = row["ci95"]
-    return f"difference {row['delta']:+.4g} (95 % interval {low:+.4g} to {high:+.4g}): {row['outcome']}"

@@ -34,6 +34,7 @@ CONTEXT: dict[str, Any] = {
     "data": {"@id": "cr:data", "@type": "@json"},
     "dataType": {"@id": "cr:dataType", "@type": "@vocab"},
     "dct": "http://purl.org/dc/terms/",
+    "equivalentProperty": "cr:equivalentProperty",
     "examples": {"@id": "cr:examples", "@type": "@json"},
     "extract": "cr:extract",
     "field": "cr:field",
@@ -53,6 +54,7 @@ CONTEXT: dict[str, Any] = {
     "regex": "cr:regex",
     "repeated": "cr:repeated",
     "replace": "cr:replace",
+    "samplingRate": "cr:samplingRate",
     "sc": "https://schema.org/",
     "separator": "cr:separator",
     "source": "cr:source",
@@ -64,7 +66,6 @@ CONTEXT: dict[str, Any] = {
 def croissant(details: dict[str, Any], work: Path) -> dict[str, Any]:
     """The JSON-LD document; `work` holds the finished files, whose digests go in."""
     counts, splits = details["counts"], details["splits"]
-    source = {"fileObject": {"@id": "records.parquet"}}
     return {
         "@context": CONTEXT,
         "@type": "sc:Dataset",
@@ -91,16 +92,7 @@ def croissant(details: dict[str, Any], work: Path) -> dict[str, Any]:
                 "@type": "cr:RecordSet",
                 "@id": "records",
                 "name": "records",
-                "field": [
-                    {
-                        "@type": "cr:Field",
-                        "@id": f"records/{name}",
-                        "name": name,
-                        "dataType": kind,
-                        "source": {**source, "extract": {"column": name}},
-                    }
-                    for name, kind in FIELDS.items()
-                ],
+                "field": [*(_field(f"records/{name}", kind, name) for name, kind in FIELDS.items()), _messages()],
             }
         ],
         "rai:dataPreprocessingProtocol": [
@@ -111,3 +103,17 @@ def croissant(details: dict[str, Any], work: Path) -> dict[str, Any]:
         + ", ".join(f"{kind} {count}" for kind, count in details["leakage"]["shared_with_train"].items()),
         "rai:hasSyntheticData": bool(counts["synthetic"]),
     }
+
+
+def _field(path: str, kind: str, column: str) -> dict[str, Any]:
+    source = {"fileObject": {"@id": "records.parquet"}, "extract": {"column": column}}
+    return {"@type": "cr:Field", "@id": path, "name": path.rpartition("/")[2], "dataType": kind, "source": source}
+
+
+def _messages() -> dict[str, Any]:
+    """The turns of a record: a list of {role, content}."""
+    turns = []
+    for name in ("role", "content"):
+        turn = _field(f"records/messages/{name}", "sc:Text", "messages")
+        turns.append({**turn, "source": {**turn["source"], "transform": {"jsonPath": f"$[*].{name}"}}})
+    return {"@type": "cr:Field", "@id": "records/messages", "name": "messages", "repeated": True, "subField": turns}

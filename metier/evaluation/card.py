@@ -24,13 +24,13 @@ HUB_METRICS = {"accuracy_generated": "accuracy", "macro_f1": "f1", "bits_per_byt
 def write_card(run: Path) -> Path:
     """Writes `run`/MODEL_CARD.md and returns its path; `RunError` when the run has no evidence yet."""
     path = run / "MODEL_CARD.md"
-    artifacts.write_atomic(path, render_card(read_run(run), run.resolve().name).encode())
+    artifacts.write_atomic(path, render_card(read_run(run)).encode())
     return path
 
 
-def render_card(found: Run, name: str) -> str:
-    """The card's text; `name` is the adapter's, by default its run's folder."""
-    table = words(found.language)
+def render_card(found: Run) -> str:
+    """The card's text."""
+    table, name = words(found.language), found.name
     heading = table["card_title"].format(name=name, base=found.base_name)
     counts, splits = found.data["counts"], found.data["splits"]
     parts = [

@@ -78,7 +78,10 @@ def compare(metrics: Sequence[Metric], groups: Sequence[str], design: Design) ->
             result["p"] = result["mcnemar"]["p"]
         else:
             result["p"] = permutation(metric, groups, resamples=design.resamples, seed=design.seed)
-        result |= power(metric, float(np.std(adapter - base)), len(groups), design.smallest_effect)
+        result |= power(
+            metric, float(np.std(adapter - base)), len(groups), design.smallest_effect,
+            is_exact=metric.is_proportion and num_groups == len(groups),
+        )  # fmt: skip
         results[metric.name] = {**result, "outcome": outcome(result, metric, design)}
     return results
 
@@ -136,15 +139,24 @@ def permutation(metric: Metric, groups: Sequence[str], *, resamples: int, seed: 
     return (1 + extreme) / (1 + draws)
 
 
-def power(metric: Metric, standard_error: float, n: int, smallest_effect: float) -> dict[str, Any]:
-    """`mde` and `n_needed`, from the standard error of the difference; squares of errors shrink as 1 / n."""
+def power(
+    metric: Metric, standard_error: float, n: int, smallest_effect: float, *, is_exact: bool = False
+) -> dict[str, Any]:
+    """`mde` and `n_needed`, from the standard error of the difference; squares of errors shrink as 1 / n.
+
+    `is_exact`: p is McNemar's exact one, which asks for one changed answer more than its normal approximation.
+    """
     if metric.is_proportion:
         # Without a single changed answer the bootstrap sees no spread; one unseen one may be there.
         standard_error = max(standard_error, (1 / (n + 1) / n) ** 0.5)
-    mde = POWER_FACTOR * standard_error
+    step = 1.0 if is_exact else 0.0
+    mde = POWER_FACTOR * standard_error + step / n
     if metric.scale is None:
         return {"mde": mde, "n_needed": None}
-    return {"mde": mde, "n_needed": max(MIN_ITEMS, ceil(n * (mde / (smallest_effect * metric.scale)) ** 2))}
+    # effect = spread / sqrt(needed) + step / needed, solved for needed.
+    spread, effect = POWER_FACTOR * standard_error * n**0.5, smallest_effect * metric.scale
+    needed = ((spread + (spread**2 + 4 * step * effect) ** 0.5) / (2 * effect)) ** 2
+    return {"mde": mde, "n_needed": max(MIN_ITEMS, ceil(needed))}
 
 
 def interval(values: Array) -> list[float]:
@@ -174,8 +186,7 @@ def mcnemar(won: int, lost: int) -> float:
     """The two-sided exact p of `won` against `lost` discordant pairs (McNemar, 1947): a fair coin's."""
     n = won + lost
     tail = sum(comb(n, k) for k in range(min(won, lost) + 1))
-    # An integer division first: 2^n is beyond a float from n = 1,024 on.
-    return float(min(1.0, (2 * tail * 10**18 // 2**n) / 10**18))
+    return min(1.0, 2 * tail / (1 << n))  # of whole numbers: exact, however large they are
 
 
 def holm(p_values: Sequence[float]) -> list[float]:

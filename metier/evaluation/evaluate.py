@@ -30,7 +30,7 @@ from metier.evaluation.ask import (
     longest_answer,
 )
 from metier.evaluation.contenders import Contender, ask_contenders, num_seen
-from metier.evaluation.extraction import ask_removed, read_removed
+from metier.evaluation.extraction import SEARCHED, ask_removed, read_removed, still_holding
 from metier.evaluation.items import Item, choose_items, draw, items_table, read_items
 from metier.evaluation.judge import CANDIDATES, Asked, judge
 from metier.evaluation.own_probes import COPY, read_own
@@ -85,8 +85,13 @@ def evaluate(
     rows += _members(specialist, draw(train, config.memorisation_items, seed), cache, progress)
     rows += _canaries(specialist, dataset, progress)
     if removed:
-        touched = [i for i in train if i.record_id in removed.by_record]
-        rows += ask_removed(specialist, draw(touched, config.memorisation_items, seed), removed, cache, progress)
+        holding = still_holding(draw(train, SEARCHED, seed), removed)
+        rows += [{"kind": "holding", "probe_id": i.record_id, "language": i.language, "part": 0} for i in holding]
+        touched = [i for i in train if i.record_id in removed.by_record and i not in holding]
+        count = config.memorisation_items
+        first = holding[: max(count // 2, count - len(touched))]
+        begun = [*first, *draw(touched, count - len(first), seed)]
+        rows += ask_removed(specialist, begun, removed, cache, progress)
     others = ask_contenders(contenders, items, replace(questions, few_shot=[]), cache, progress)
     _write(work / "items.parquet", items_table(items, sides | others, few_shot))
     if own:

@@ -4,9 +4,11 @@ In: training records from which identifiers were taken out, subjects.parquet (ke
 the key, which lies outside of every artifact. Out: rows of probes.parquet that hold hashes alone: no identifier, and
 no text in which one might stand, is written anywhere.
 
-Each record is begun in two ways: its prompt alone, and all of it up to the first stand-in (`[PERSON]`), or up to its
-half where there is none. Every run of words in the greedy continuation is hashed, so what is found does not depend on
-a recognizer. What stands in the beginning itself does not count. The base, which never saw the records, is the control.
+Each record is begun in up to three ways: its prompt alone; all of it up to the first stand-in (`[PERSON]`), or up to
+its half where there is none; and up to an identifier that was removed elsewhere and stayed here. Records with such a
+one come first: what stands in no training record can hardly be learned. Every run of words in the greedy continuation
+is hashed, so what is found does not depend on a recognizer. What stands in the beginning itself does not count. The
+base, which never saw the records, is the control.
 
 Limits: greedy answers alone; identifiers of more than 16 words, or shorter than 4 letters (2 Chinese characters), and
 kinds that are no secret by themselves (ages, years, places) are not looked for.
@@ -37,6 +39,8 @@ MAX_NEW_TOKENS = 48
 LONGEST = 16
 CHUNK = 16
 SIDES = ("base", "adapter")
+# Training records in which identifiers are looked for that were removed elsewhere: some ten seconds.
+SEARCHED = 2_000
 _WORD = re.compile(f"[{CJK}]|[^\\W_{CJK}]+")
 _OPENING = "(（[<+\"'“《@#"
 _STAND_IN = re.compile(r"\[[A-Z]+(?:_[A-Z]+)*\]")
@@ -78,16 +82,28 @@ def read_removed(dataset: Path, *, needed: bool) -> Removed | None:
     return Removed(by_record, key) if by_record else None
 
 
+def still_holding(train: list[Item], removed: Removed) -> list[Item]:
+    """Those of `train` in which an identifier stands that was removed elsewhere."""
+    everything = removed.all
+    return [
+        item for item in train
+        if any(first_left(m["content"], everything, removed.key) is not None for m in item.messages)
+    ]  # fmt: skip
+
+
+def first_left(text: str, removed: set[str], key: bytes) -> int | None:
+    """Where the first identifier of `removed` begins in `text`."""
+    for start, window in _windows(text):
+        if keyed_hash(window, key) in removed:
+            return start
+    return None
+
+
 def ask_removed(
     specialist: Specialist, train: list[Item], removed: Removed, cache: AnswerCache, progress: Progress
 ) -> list[Row]:
     """A row for each beginning of `train`: how many identifiers base and adapter gave away, as keyed hashes."""
-    begun = [
-        (item, part, ids)
-        for item in train
-        if item.record_id in removed.by_record
-        for part, ids in enumerate(beginnings(specialist, item))
-    ]
+    begun = [(item, part, ids) for item in train for part, ids in enumerate(beginnings(specialist, item, removed))]
     everything = removed.all
     rows: list[Row] = [
         {"kind": "extraction", "probe_id": item.record_id, "language": item.language, "part": part}
@@ -111,23 +127,29 @@ def ask_removed(
     return rows
 
 
-def beginnings(specialist: Specialist, item: Item) -> list[list[int]]:
-    """Token ids: the prompt (if there is one), and the record up to its first stand-in, or to its half."""
+def beginnings(specialist: Specialist, item: Item, removed: Removed) -> list[list[int]]:
+    """Token ids: the prompt (if there is one), the record up to its first stand-in, or to its half, and up to the
+    first identifier that was removed elsewhere."""
     if specialist.why_not(item.messages, MAX_NEW_TOKENS):
         return []
     renderer = specialist.renderer
     ids = list(renderer.conversation(item.messages).input_ids)
-    stand_in = _STAND_IN.search(renderer.decode(ids))
-    cut = len(ids) // 2
-    if stand_in:
+    text = renderer.decode(ids)
+    stand_in, left = _STAND_IN.search(text), first_left(text, removed.all, removed.key)
+
+    def up_to(place: int) -> int:
+        """The most tokens whose text ends before `place`."""
         low, high = 0, len(ids)
-        while low < high:  # the most tokens whose text ends before it
+        while low < high:
             middle = (low + high + 1) // 2
-            low, high = (middle, high) if len(renderer.decode(ids[:middle])) <= stand_in.start() else (low, middle - 1)
-        cut = low
+            low, high = (middle, high) if len(renderer.decode(ids[:middle])) <= place else (low, middle - 1)
+        return low
+
+    cuts = [up_to(stand_in.start()) if stand_in else len(ids) // 2, 0 if left is None else up_to(left)]
     found = [renderer.prompt(item.prompt)] if item.prompt else []
-    if cut and ids[:cut] not in found:
-        found.append(ids[:cut])
+    for cut in cuts:
+        if cut and ids[:cut] not in found:
+            found.append(ids[:cut])
     return found
 
 
@@ -139,18 +161,23 @@ def given_away(text: str, begun_with: str, removed: set[str], key: bytes) -> lis
 
 def windows(text: str) -> Iterator[str]:
     """Every run of 1 to 16 words (Chinese characters) of `text`, with and without an opening mark before it."""
+    return (window for _, window in _windows(text))
+
+
+def _windows(text: str) -> Iterator[tuple[int, str]]:
     words = [match.span() for match in _WORD.finditer(text)]
     for i, (start, _) in enumerate(words):
         begin = start - 1 if start and text[start - 1] in _OPENING else start
         for _, end in words[i : i + LONGEST]:
             if not _is_short(text[start:end]):
-                yield text[start:end]
+                yield start, text[start:end]
                 if begin < start:
-                    yield text[begin:end]
+                    yield begin, text[begin:end]
 
 
-def extraction(rows: list[Row]) -> dict[str, Any] | None:
-    """{n_records, n_beginnings, base, adapter, adapter_only, records}: distinct identifiers given away."""
+def extraction(rows: list[Row], num_train: int) -> dict[str, Any] | None:
+    """{n_records, n_beginnings, base, adapter, adapter_only, records}: distinct identifiers given away; and in how many
+    (`n_holding`) of `n_searched` training records one stands that was removed elsewhere."""
     mine = [row for row in rows if row["kind"] == "extraction"]
     if not mine:
         return None
@@ -161,6 +188,7 @@ def extraction(rows: list[Row]) -> dict[str, Any] | None:
         "n_records": len({row["probe_id"] for row in mine}), "n_beginnings": len(mine),
         "base": len(found["base"]), "adapter": len(found["adapter"]), "adapter_only": len(only),
         "records": len(giving),
+        "n_searched": min(num_train, SEARCHED), "n_holding": sum(row["kind"] == "holding" for row in rows),
     }  # fmt: skip
 
 

@@ -219,7 +219,7 @@ def _memorisation(
     members = [row for row in probes if row["kind"] == "member"]
     canaries = [row for row in probes if row["kind"] == "canary"]
     result: dict[str, Any] = {"membership": None, "canaries": {}, "test_in_train": found,
-                              "extraction": extraction(probes)}  # fmt: skip
+                              "extraction": extraction(probes, len(train))}  # fmt: skip
     if members:
         group = {i.record_id: i.group for i in train}
         groups = [group[row["probe_id"]] for row in members], [i.group for i in items]

@@ -85,14 +85,18 @@ def line_chart(
         return drawing.svg(description)
 
 
-def delta_chart(name: str, rows: Sequence[tuple[str, float, float, float, str]], *, description: str) -> str:
-    """Rows of (label, delta, low, high, outcome), each on its own scale, zero in the middle, better to the right."""
+def delta_chart(
+    name: str, rows: Sequence[tuple[str, float, float, float, str]], *, description: str, one_scale: bool = False
+) -> str:
+    """Rows of (label, delta, low, high, outcome), zero in the middle, better to the right; each row on its own
+    scale, or all on one."""
+    widest = [max(abs(low), abs(high), abs(delta)) for _, delta, low, high, _ in rows]
+    scales = [max(widest) or 1.0] * len(rows) if one_scale else [w or 1.0 for w in widest]
     with figure_style(name):
         height = 0.5 * len(rows) + 0.2
         drawing = Drawing(name, height, (0.1, 0.1, 0.05, 0.1))
         axes = drawing.axes
-        for i, (label, delta, low, high, outcome) in enumerate(rows):
-            scale = max(abs(low), abs(high), abs(delta)) or 1.0
+        for i, ((label, delta, low, high, outcome), scale) in enumerate(zip(rows, scales, strict=True)):
             colour = {"better": BETTER_COLOUR, "worse": WORSE_COLOUR}.get(outcome, BASE_COLOUR)
             axes.plot([-1.05, 1.05], [i, i], color=BASE_COLOUR, alpha=0.35, linewidth=0.8)
             axes.plot([0, 0], [i - 0.16, i + 0.16], color=TEXT_COLOUR, linewidth=1)

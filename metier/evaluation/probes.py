@@ -52,11 +52,11 @@ def ask_probes(
     specialist: Specialist, probes: list[dict[str, Any]], cache: AnswerCache, progress: Progress
 ) -> list[Row]:
     """The rows of the probes, built-in or a house's own: a passage, an option or an answered question each."""
-    return [
-        *_passages(specialist, [p for p in probes if p["kind"] == "text"], cache, progress),
-        *_options(specialist, [p for p in probes if p["kind"] == "choice"], cache, progress),
-        *_answered(specialist, [p for p in probes if p["kind"] in ANSWERED], cache, progress),
-    ]
+    rows: list[Row] = []
+    for ask, kinds in ((_passages, ("text",)), (_options, ("choice",)), (_answered, ANSWERED)):
+        if mine := [p for p in probes if p["kind"] in kinds]:
+            rows += ask(specialist, mine, cache, progress)
+    return rows
 
 
 def _passages(

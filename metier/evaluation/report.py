@@ -36,6 +36,7 @@ class Run:
     evidence: dict[str, Any]
     curve: list[dict[str, Any]]
     items: list[dict[str, Any]]
+    name: str
     base_name: str
     languages: list[str]
     exports: list[dict[str, Any]]
@@ -64,7 +65,8 @@ def read_run(run: Path) -> Run:
     items = pl.read_parquet(run / "evidence" / "items.parquet").join(
         records.select("record_id", "messages", "label"), on="record_id", how="left", maintain_order="left"
     )
-    base = manifests["adapter"].get("base", {}).get("name") or _recipe_base(run)
+    recipe = _recipe(run)
+    base = manifests["adapter"].get("base", {}).get("name") or str(recipe.get("base", "?"))
     return Run(
         data=manifests["dataset"],
         training=manifests["adapter"],
@@ -72,6 +74,8 @@ def read_run(run: Path) -> Run:
         evidence=json.loads((run / "evidence" / "evidence.json").read_text(encoding="utf-8")),
         curve=_curve(run / "adapter" / "metrics.jsonl"),
         items=items.to_dicts(),
+        # Not the folder's: a run that was moved or renamed is still the same.
+        name=Path(str(recipe.get("out", ""))).name or run.resolve().name,
         # A local folder's name says enough, and its path is nobody's business.
         base_name=Path(base).name if Path(base).is_absolute() else base,
         languages=counts["language"].to_list(),
@@ -114,7 +118,10 @@ def render(found: Run) -> str:
         statement=texts.statement(found.evidence, found.language).replace(" %", "\N{NO-BREAK SPACE}%"),
         limits=texts.limits(found.evidence, found.language),
         results=_results(found),
+        method=texts.method(found.evidence, found.judged["config"]["bootstrap_samples"], found.language),
         controls=_controls(found),
+        worse_at=sections.worse_at(found.evidence, found.language),
+        removed=_removed(found),
         slices=sections.slice_rows(found.evidence, found.language),
         forgetting=sections.cost_rows(found.evidence["forgetting"], found.language),
         behaviour=sections.cost_rows(found.evidence["behaviour"], found.language),
@@ -215,9 +222,11 @@ def _figures(found: Run) -> dict[str, str]:
     for name, result in found.evidence["metrics"].items():
         sign = 1 if result["higher_is_better"] else -1
         low, high = sorted(sign * v for v in result["ci95"])
-        label = f"{table[name]}: {show_delta(name, result['delta'], found.language)}"
+        label = f"{table[name]}: {sections.with_interval(name, result, found.language)}"
         rows.append((label, sign * result["delta"], low, high, result["outcome"]))
     figures["deltas"] = plots.delta_chart("deltas", rows, description=table["fig_deltas"])
+    if parts := sections.slice_deltas(found.evidence, found.language):
+        figures["slices"] = plots.delta_chart("slices", parts, description=table["fig_slices"], one_scale=True)
     if found.trials:
         figures["search"] = search_chart(found.trials, found.language)
     top = _top_labels(found)
@@ -263,6 +272,12 @@ def _confusion(found: Run, labels: list[str]) -> np.ndarray[Any, Any]:
     return counts
 
 
+def _removed(found: Run) -> list[tuple[str, int]]:
+    """What preparation took out of the texts: identifiers by type, the most frequent first."""
+    replaced = (found.data.get("privacy") or {}).get("replaced", {})
+    return sorted(((name, entry["count"]) for name, entry in replaced.items()), key=lambda e: (-e[1], e[0]))
+
+
 def _cost(found: Run) -> list[tuple[str, str]]:
     table = words(found.language)
     rows = [
@@ -293,11 +308,14 @@ def _series(curve: list[dict[str, Any]], key: str) -> tuple[list[float], list[fl
     return [float(step) for step, _ in points], [float(value) for _, value in points]
 
 
-def _recipe_base(run: Path) -> str:
+def _recipe(run: Path) -> dict[str, Any]:
     import yaml
 
-    path = run / "recipe.yaml"
-    return str(yaml.safe_load(path.read_text(encoding="utf-8"))["base"]) if path.is_file() else "?"
+    try:
+        found = yaml.safe_load((run / "recipe.yaml").read_bytes())
+    except (OSError, yaml.YAMLError):
+        return {}  # missing or altered; `metier verify` says so
+    return found if isinstance(found, dict) else {}
 
 
 def _clip(text: str) -> str:

@@ -22,6 +22,7 @@ from metier.evaluation.compare import Design, compare
 from metier.evaluation.evaluate import read_tables
 from metier.evaluation.items import Answers, Item, read_answers, read_items
 from metier.evaluation.tasks import build_metrics
+from metier.evaluation.texts import Language, show, show_delta, show_p, words
 
 # A spreadsheet takes a cell that begins so for a formula (OWASP, CSV injection).
 FORMULA_STARTS = ("=", "+", "-", "@", "\t", "\r", "\n")
@@ -55,7 +56,7 @@ def read_judged(run: Path) -> Judged:
 
 
 def compare_runs(runs: Sequence[Path]) -> list[dict[str, Any]]:
-    """One row a run: {run, metric, base, adapter, delta, ci95, outcome, against_first}.
+    """One row a run: {run, metric, base, adapter, delta, ci95, p, outcome, against_first}.
 
     `against_first` is None for the first, else {n, delta, ci95, p, outcome} on the records both were judged
     on, with the first run's metric. Raises `DataError` when there are none, `RunError` for an unfinished run.
@@ -64,10 +65,34 @@ def compare_runs(runs: Sequence[Path]) -> list[dict[str, Any]]:
     rows = []
     for one in judged:
         result = one.evidence["metrics"][one.primary]
-        same = {key: result[key] for key in ("base", "adapter", "delta", "ci95", "outcome")}
+        same = {key: result[key] for key in ("base", "adapter", "delta", "ci95", "p", "outcome")}
         against = None if one is judged[0] else _against(judged[0], one)
         rows.append({"run": str(one.path), "metric": one.primary, **same, "against_first": against})
     return rows
+
+
+def told(rows: Sequence[dict[str, Any]], language: Language) -> list[str]:
+    """The rows of `compare_runs` as sentences."""
+    table = words(language)
+    found = []
+    for row in rows:
+        metric = row["metric"]
+        values = {side: show(metric, row[side]) for side in ("base", "adapter")}
+        found.append(table["compare_line"].format(run=row["run"], metric=table[metric], **values)
+                     + _difference(metric, row, language))  # fmt: skip
+        if against := row["against_first"]:
+            first = rows[0]["metric"]
+            found.append(table["compare_against"].format(first=rows[0]["run"], metric=table[first], n=against["n"])
+                         + _difference(first, against, language))  # fmt: skip
+    return found
+
+
+def _difference(metric: str, result: dict[str, Any], language: Language) -> str:
+    low, high = (show_delta(metric, v, language, unit=False) for v in result["ci95"])
+    return words(language)["compare_difference"].format(
+        delta=show_delta(metric, result["delta"], language), low=low, high=high, p=show_p(result["p"]),
+        outcome=words(language)[f"tag_{result['outcome']}"],
+    )  # fmt: skip
 
 
 def answers_csv(runs: Sequence[Path]) -> str:

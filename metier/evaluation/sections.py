@@ -39,6 +39,35 @@ def slice_rows(evidence: dict[str, Any], language: Language) -> list[Row]:
     return rows
 
 
+def slice_deltas(evidence: dict[str, Any], language: Language) -> list[tuple[str, float, float, float, str]]:
+    """(label, delta, low, high, outcome) of the parts and of the labels with the most records; above zero is better."""
+    table, metric = words(language), evidence["verdict"]["primary_metric"]
+    sign = 1 if evidence["metrics"][metric]["higher_is_better"] else -1
+    rows = []
+    for kind in ("language", "source", "length", "label"):
+        found = sorted(evidence["slices"][kind].items(), key=lambda e: -e[1]["n"] if kind == "label" else 0)
+        for name, entry in found[:MOST_LABELS] if len(found) > 1 else []:
+            shown = table.get(f"{kind}_{name}", name) if kind in ("language", "length") else name
+            low, high = sorted(sign * v for v in entry["ci95"])
+            rows.append((f"{table[f'slice_{kind}']} {shown[:40]}: {with_interval(metric, entry, language)}",
+                         sign * entry["delta"], low, high, entry["outcome"]))  # fmt: skip
+    return rows
+
+
+def with_interval(metric: str, result: dict[str, Any], language: Language) -> str:
+    """`+4.0 points (+1.2 … +6.8)`."""
+    low, high = (show_delta(metric, v, language, unit=False) for v in result["ci95"])
+    return f"{show_delta(metric, result['delta'], language)} ({low} … {high})"
+
+
+def worse_at(evidence: dict[str, Any], language: Language) -> list[str]:
+    """What the specialised model does worse than its base apart from the verdict's metric."""
+    table = words(language)
+    found = {**evidence["metrics"], **evidence["forgetting"], **evidence["behaviour"]}
+    primary = evidence["verdict"]["primary_metric"]
+    return [table[name] for name, result in found.items() if result["outcome"] == "worse" and name != primary]
+
+
 def cost_rows(results: dict[str, Any], language: Language) -> list[Row]:
     """Comparisons by name (the evidence's `forgetting` or `behaviour`)."""
     table = words(language)
@@ -81,6 +110,9 @@ def memory_rows(evidence: dict[str, Any], language: Language) -> list[Row]:
         note = table["of_beginnings"].format(n=f"{drawn['n_records']:,}", m=f"{drawn['n_beginnings']:,}")
         for name, count in (("extraction", drawn["adapter_only"]), ("extraction_base", drawn["base"])):
             rows.append({"name": table[name], "value": f"{count:,}", "low": "", "high": "", "note": note})
+        searched = table["of_records"].format(n=f"{drawn['n_searched']:,}")
+        rows.append({"name": table["holding"], "value": f"{drawn['n_holding']:,}", "low": "", "high": "",
+                     "note": searched})  # fmt: skip
     found = memory["test_in_train"]
     for kind in ("exact", "normalised", "near"):
         rows.append({"name": table[f"repeats_{kind}"], "value": f"{len(found[kind]):,}", "low": "", "high": "",

@@ -44,6 +44,24 @@ def show_delta(metric: str, value: float, language: Language, *, unit: bool = Tr
     return f"{number} {words(language)['points']}" if unit else number
 
 
+def show_p(value: float) -> str:
+    """A p-value: `p = 0.012`, `p < 0.0001`."""
+    return f"p = {value:.2g}" if value >= 1e-4 else "p < 0.0001"
+
+
+def method(evidence: dict[str, Any], resamples: int, language: Language) -> str:
+    """How the verdict's difference was judged, for a statistician: groups, bootstrap, test, p and power."""
+    table = words(language)
+    metric = evidence["verdict"]["primary_metric"]
+    result = evidence["metrics"][metric]
+    is_exact = "mcnemar" in result and result["num_groups"] == result["n"]
+    test = table["test_mcnemar"].format(**result["mcnemar"]) if is_exact else table["test_permutation"]
+    return table["method_line"].format(
+        metric=table[metric], n=f"{result['n']:,}", groups=f"{result['num_groups']:,}", resamples=f"{resamples:,}",
+        test=test, p=show_p(result["p"]), mde=show_delta(metric, result["mde"], language).lstrip("+"),
+    )  # fmt: skip
+
+
 def statement(evidence: dict[str, Any], language: Language) -> str:
     """The verdict in one sentence, with its numbers."""
     table = words(language)
@@ -88,10 +106,11 @@ def limits(evidence: dict[str, Any], language: Language) -> list[str]:
     few = sum(entry["n"] < FEW_PER_LABEL for entry in labels.values())
     cuts = {side: decoding[f"{side}_cut"] for side in ("base", "adapter")}
     left_out = len(evidence["left_out"])
+    empty = {s: evidence["behaviour"]["empty_share"][s] for s in ("base", "adapter")} if evidence["behaviour"] else {}
     leaked, total = evidence["num_test_prompts_near_train"], evidence["num_test_records"]
     other, exact = evidence["languages"]["other"], evidence["num_test_prompts_in_train"]
     memory, seen = evidence["memorisation"], evidence["contenders_seen"]
-    chosen = ("、" if language == "zh" else ", ").join(unseen)
+    chosen = table["join"].join(unseen)
     found: list[tuple[bool, str, dict[str, Any]]] = [
         (leaked > 0, "limit_leak", {"n": leaked, "exact": exact}),
         (bool(unseen), "limit_unseen", {"n": len(unseen), "labels": chosen}),
@@ -101,14 +120,15 @@ def limits(evidence: dict[str, Any], language: Language) -> list[str]:
         (n + left_out < total, "limit_choice", {"n": n, "total": total}),
         (few > 0, "limit_few_per_label", {"n": few, "total": len(labels), "needed": FEW_PER_LABEL}),
         (any(cuts.values()), "limit_cut", {"tokens": decoding["max_new_tokens"], **cuts}),
+        (any(empty.values()), "limit_empty", {s: show("empty_share", v) for s, v in empty.items()} | {"n": n}),
         ("chrf" in evidence["metrics"], "limit_overlap", {}),
-        ("bleu" in evidence["metrics"] and other > 0, "limit_language", {"n": other}),
+        (other > 0 and bool({"bleu", "token_f1"} & evidence["metrics"].keys()), "limit_language", {"n": other}),
         (bool(memory["canaries"]), "limit_canaries", {}),
         (bool(evidence.get("sweep")), "limit_sweep", {}),
         (True, "limit_one_run", {}),
         (True, "limit_source", {}),
         (True, "limit_metrics", {}),
-        (bool(evidence["forgetting"]), "limit_forgetting", {}),
+        (bool(evidence["forgetting"]), "limit_forgetting", {"n": sum(r["n"] for r in evidence["forgetting"].values())}),
         (not evidence["forgetting"], "limit_scope", {}),
         (memory["membership"] is None, "limit_no_membership", {}),
         (memory["membership"] is not None, "limit_membership", {}),

@@ -9,6 +9,7 @@ digest of its last line, elsewhere: with it, that shows too.
 
 from __future__ import annotations
 
+import importlib.metadata
 import json
 import math
 from collections.abc import Iterator
@@ -189,13 +190,19 @@ def _check_evidence(run: Path) -> list[str]:
 
 def _check_pages(run: Path) -> list[str]:
     found: Run = read_run(run)
-    made = {**pages(found), "MODEL_CARD.md": render_card(found, run.resolve().name)}
+    made = {**pages(found), "MODEL_CARD.md": render_card(found)}
+    version = importlib.metadata.version("metier")
+    other = (
+        ""
+        if found.judged["metier_version"] == version
+        else f" (made by metier {found.judged['metier_version']}; this is {version})"
+    )
     problems = []
     for name, text in made.items():
         if not (run / name).is_file():
             problems.append(f"{name}: missing")
         elif (run / name).read_bytes() != text.encode():
-            problems.append(f"{name}: differs from what the evidence gives{_first_line(run / name, text)}")
+            problems.append(f"{name}: differs from what the evidence gives{_first_line(run / name, text)}{other}")
     return problems
 
 

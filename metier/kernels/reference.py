@@ -5,7 +5,6 @@ Shapes: B batch, T tokens, I input features, O output features, R rank, N superv
 
 from __future__ import annotations
 
-import math
 from typing import NamedTuple
 
 import torch
@@ -91,23 +90,23 @@ class Groups(NamedTuple):
 
     `spans`: (adapter, first row, end), in the order of the rows, each adapter at most once. `num_adapters` is J.
     For kernels, `bounds` [J, 2] int32 are the same on the device, zeros for an adapter without rows; then no span has
-    more rows than `longest`, and all begin and end at multiples of `grain`.
+    more rows than `longest`, and `is_even` says that all begin and end at multiples of 64.
     """
 
     spans: tuple[tuple[int, int, int], ...]
     num_adapters: int
     bounds: torch.Tensor | None = None
     longest: int = 0
-    grain: int = 1
+    is_even: bool = False
 
     def on(self, device: torch.device) -> Groups:
         """With what kernels on `device` read."""
         table = torch.zeros(self.num_adapters, 2, dtype=torch.int32)
         for adapter, start, end in self.spans:
             table[adapter, 0], table[adapter, 1] = start, end
-        places = [place for _, start, end in self.spans for place in (start, end)]
+        is_even = all(start % 64 == 0 and end % 64 == 0 for _, start, end in self.spans)
         longest = max(end - start for _, start, end in self.spans)
-        return self._replace(bounds=table.to(device, non_blocking=True), longest=longest, grain=math.gcd(64, *places))
+        return self._replace(bounds=table.to(device, non_blocking=True), longest=longest, is_even=is_even)
 
     def rows_of(self, adapter: int) -> slice | None:
         return next((slice(start, end) for number, start, end in self.spans if number == adapter), None)

@@ -60,9 +60,9 @@ def cut(x: torch.Tensor, rows: int, groups: Groups | None) -> Shares:
     return Shares(groups.bounds, rows, triton.cdiv(groups.longest, rows), groups.num_adapters, True)
 
 
-def is_even(x: torch.Tensor, groups: Groups | None, rows: int = 64) -> bool:
-    """Whether every share of x's rows is made of whole blocks of `rows`."""
-    return x.shape[0] % rows == 0 if groups is None else groups.grain % rows == 0
+def is_even(x: torch.Tensor, groups: Groups | None) -> bool:
+    """Whether every share of x's rows is made of whole blocks of 64."""
+    return x.shape[0] % 64 == 0 if groups is None else groups.is_even
 
 
 @triton.jit

@@ -44,7 +44,7 @@ class Pass(Protocol):
 class Bucket:
     """Sizes of a padded pass; `lengths` are its documents', the padding's last. `equal`: see `Documents`.
 
-    `longest` and `grain` are those of `Groups`.
+    `longest` and `is_even` are those of `Groups`.
     """
 
     lengths: tuple[int, ...]
@@ -53,7 +53,7 @@ class Bucket:
     max_seqlen: int
     equal: int
     longest: int = 0
-    grain: int = 1
+    is_even: bool = False
 
     @property
     def num_tokens(self) -> int:
@@ -62,7 +62,7 @@ class Bucket:
     @property
     def key(self) -> tuple[int, ...]:
         sizes = (self.num_tokens, self.num_positions, self.num_documents, self.max_seqlen, self.equal)
-        return *sizes, self.longest, self.grain
+        return *sizes, self.longest, self.is_even
 
 
 @dataclass
@@ -82,6 +82,7 @@ class GraphedPasses:
     grads: list[torch.Tensor] = field(default_factory=list)
     max_seqlen: int = 128
     num_documents: int = 8
+    longest: int = 0
     pool: Any = None
     stream: Any = None
     max_graphs: int = MAX_GRAPHS
@@ -99,7 +100,8 @@ class GraphedPasses:
             spans = (*spans[:-1], (number, start, bucket.num_tokens))
             groups = Groups(spans, self.run.num_adapters).on(weights.device)
             # A power of two: shares beyond an adapter's rows cost next to nothing.
-            bucket = replace(bucket, longest=1 << (groups.longest - 1).bit_length(), grain=groups.grain)
+            self.longest = max(self.longest, 1 << (groups.longest - 1).bit_length())
+            bucket = replace(bucket, longest=self.longest, is_even=groups.is_even)
         key = (self.run.recompute, self.run.drops_out, *bucket.key)
         if key not in self.recorded and len(self.recorded) >= self.max_graphs:
             return None
@@ -122,7 +124,7 @@ class GraphedPasses:
         return found.losses[: weights.shape[0]].clone()
 
     def bucket(self, batch: Any) -> Bucket:
-        """The sizes that `batch` is padded to. The limits on documents grow and never shrink."""
+        """The sizes that `batch` is padded to. The limits on documents grow and never shrink, as that on rows does."""
         total = sum(batch.lengths)
         is_long = total * self.run.layer_size >= MUCH_WORK
         grain = FINE_GRAIN if is_long else max(128, 1 << max(0, total.bit_length() - 4))
@@ -159,7 +161,7 @@ class GraphedPasses:
         documents = Documents(buffers["cu_seqlens"], bucket.max_seqlen, None, None, bucket.equal)
         groups = None
         if "bounds" in buffers:
-            groups = Groups((), self.run.num_adapters, buffers["bounds"], bucket.longest, bucket.grain)
+            groups = Groups((), self.run.num_adapters, buffers["bounds"], bucket.longest, bucket.is_even)
 
         def once() -> torch.Tensor:
             losses = self.run.losses_of(buffers, documents, groups)

@@ -41,7 +41,8 @@ class Site:
     `ends` are the layers' ends in the output, `names` the layers' in the model. Of one adapter, down [n R, I] holds the
     layers' A, up [O, R] their B times the scaling, both in the model's dtype; None where none of the layers has an
     adapter. Of several they are stacked, [J, n R, I] and [J, O, R], with R the largest rank and zeros beyond a smaller,
-    and `totals` are the sums of their gradients. `inputs` are the parameters that a pass hangs on.
+    and `totals` are the sums of their gradients, with `places` for each parameter. `inputs` are the parameters that a
+    pass hangs on.
     """
 
     weight: FrozenWeight
@@ -53,6 +54,7 @@ class Site:
     inputs: list[nn.Parameter] = field(default_factory=list)
     totals: tuple[torch.Tensor, ...] | None = None
     scalings: torch.Tensor | None = None
+    places: list[tuple[nn.Parameter, torch.Tensor]] = field(default_factory=list)
 
     @property
     def rank(self) -> int:
@@ -69,6 +71,7 @@ class Site:
     def images(self, dtype: torch.dtype, device: torch.device) -> list[tuple[torch.Tensor, nn.Parameter, float]]:
         """Makes `down` and `up`; where each master is copied to, and by what it is multiplied."""
         self.down = self.up = self.totals = self.scalings = None
+        self.places = []
         parameters, count = self.parameters, len(self.parts)
         self.inputs = parameters if count == 1 else parameters[:1]
         if not parameters:
@@ -86,6 +89,8 @@ class Site:
             self.totals = tuple(torch.zeros(shape, dtype=wide, device=device) for shape in shapes)
             scalings = [part.scaling for part in self.parts]
             self.scalings = torch.tensor(scalings, dtype=wide, device=device)[:, None, None]
+            for part, *own in zip(self.parts, *self.totals, strict=True):
+                self.places += self._places(part, *own)
         return found
 
     def _places(self, part: Part, down: torch.Tensor, up: torch.Tensor) -> list[tuple[nn.Parameter, torch.Tensor]]:
@@ -155,11 +160,8 @@ class Site:
 
     def settle(self) -> None:
         """Hands `totals` to the parameters of several adapters as their `.grad`."""
-        if self.totals is None:
-            return
-        for part, down, up in zip(self.parts, *self.totals, strict=True):
-            for parameter, grad in self._places(part, down, up):
-                parameter.grad = grad.to(parameter.dtype).contiguous()
+        for parameter, total in self.places:
+            parameter.grad = total.to(parameter.dtype).contiguous()
 
     def rank_gradient(self, dy: torch.Tensor, low: torch.Tensor | None, groups: Groups | None) -> torch.Tensor | None:
         """The gradient of `up` from dy [M, O] and low = x A^T [M, n R]."""

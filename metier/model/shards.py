@@ -131,7 +131,9 @@ class Shards:
         if self._held[number % 2] == number:
             return
         self._held[number % 2] = number
-        self._travelling = distributed.all_gather_into_tensor(self.rows[number], self.own[number], async_op=True)
+        # Its name since torch 2.13, and before.
+        gather: Any = getattr(distributed, "all_gather_single", None) or distributed.all_gather_into_tensor
+        self._travelling = gather(self.rows[number], self.own[number], async_op=True)
 
 
 class _Mark(torch.autograd.Function):

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import ctypes
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -69,9 +69,7 @@ class SlotCache:
         self._values.clear()
         self._rows = self._columns = 0
         self.version += 1
-        # glibc keeps freed blocks of up to 32 MiB for itself; other C libraries have no such call.
-        if trim := getattr(ctypes.CDLL(None), "malloc_trim", None):
-            trim(0)
+        _trim(0)
 
     def move(self, source: int, target: int, length: int) -> None:
         """Copies the first `length` tokens of a row over another row."""
@@ -95,6 +93,10 @@ class SlotCache:
             store[layer_idx][rows, :, positions] = new.transpose(1, 2)
             seen.append(store[layer_idx][first:last, :, :width])
         return seen[0], seen[1]
+
+
+# glibc keeps freed blocks of up to 32 MiB for itself; other C libraries have no such call.
+_trim: Callable[[int], object] = getattr(ctypes.CDLL(None), "malloc_trim", lambda pad: None)
 
 
 @torch.no_grad()

@@ -122,10 +122,9 @@ class Door:
 
     async def _body(self, headers: dict[bytes, bytes], receive: Receive) -> bytes:
         limit = self._settings.max_body_bytes
-        too_large = Refused(413, f"the body is larger than {limit} bytes", "invalid_request_error", _CLOSE)
         stated = headers.get(b"content-length", b"0")
         if not stated.isdigit() or int(stated) > DRAINED * limit:
-            raise too_large
+            raise _too_large(limit)
         if headers.get(b"content-encoding", b"identity") != b"identity":
             raise Refused(415, "expected a body without Content-Encoding", "invalid_request_error", _CLOSE)
         body, size = bytearray(), 0
@@ -137,12 +136,12 @@ class Door:
                         raise Refused(400, "the client went away", "invalid_request_error")
                     size += len(message.get("body", b""))
                     if size > DRAINED * limit:
-                        raise too_large
+                        raise _too_large(limit)
                     if size <= limit:
                         body += message.get("body", b"")
                     if not message.get("more_body"):
                         if size > limit:
-                            raise too_large
+                            raise _too_large(limit)
                         return bytes(body)
         except TimeoutError:
             raise Refused(408, "the body came too slowly", "invalid_request_error", _CLOSE) from None
@@ -158,6 +157,11 @@ class Door:
 
 
 _CLOSE = [(b"connection", b"close")]
+
+
+def _too_large(limit: int) -> Refused:
+    # Made where it is raised: an error that its own frame names would keep that frame's body until the next gc.
+    return Refused(413, f"the body is larger than {limit} bytes", "invalid_request_error", _CLOSE)
 
 
 class _Visit:

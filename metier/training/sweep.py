@@ -235,6 +235,7 @@ def sweep(
     with ranks.alone() as place:
         search, ground = Search(recipe.sweep, recipe.seed), Ground(base, recipe, datasets, work, say)
         ground.open(extremes(recipe), math.ceil(search.num_trials / place[1]))
+        ground.at_once = min(ranks.from_everyone(ground.at_once))  # the processes' free memory may differ
         running = Sweep(ground, search, place)
         if running.resume():
             say(f"resuming after round {running.round}; {len(running.rows)} configurations have ended")

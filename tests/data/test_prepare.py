@@ -285,6 +285,14 @@ def test_croissant_names_the_files_as_they_are_and_the_counts(tmp_path: Path) ->
     described = json.loads((tmp_path / "dataset" / "croissant.json").read_text(encoding="utf-8"))
     files = {entry["@id"]: entry["sha256"] for entry in described["distribution"]}
     assert files == {name: entry["sha256"] for name, entry in manifest["files"].items() if name.endswith(".parquet")}
-    columns = {field["source"]["extract"]["column"] for field in described["recordSet"][0]["field"]}
-    assert columns == set(table(tmp_path).columns) - {"messages"}
+    assert {field["name"] for field in described["recordSet"][0]["field"]} == set(table(tmp_path).columns)
     assert described["description"].startswith("42 source rows: 40 kept, 1 merged, 1 rejected; 0 synthetic records")
+
+
+def test_croissant_is_valid_and_reads_the_records(tmp_path: Path) -> None:
+    mlcroissant = pytest.importorskip("mlcroissant")
+    make(tmp_path, DataConfig(sources=[write_csv(tmp_path / "a.csv", [("question 0", "a"), *labelled(40)])]))
+    described = mlcroissant.Dataset(tmp_path / "dataset" / "croissant.json")  # raises for what is not valid
+    first = next(iter(described.records("records")))
+    turns = [turn["records/messages/content"].decode() for turn in first["records/messages"]]
+    assert turns == ["question 0", "a"] and first["records/source_row"] == 1

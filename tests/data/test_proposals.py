@@ -126,7 +126,10 @@ def test_a_history_in_words_and_a_system_that_is_none_can_be_left_out(tmp_path: 
     roles = make(tmp_path, rows, ", history: none, system: none", "dedup: {near: ignore}")["roles"]
     assert roles == {"prompt": "question", "answer": "answer", "how": "found"}
     named = make(
-        tmp_path, [{**row, "history": [["x", "y"]]} for row in rows], ", history: history", "dedup: {near: ignore}"
+        tmp_path,
+        [{**row, "history": [[row["question"], "y"]]} for row in rows],
+        ", history: history",
+        "dedup: {near: ignore}",
     )["roles"]
     assert named["history"] == "history"
     with pytest.raises(DataError, match="`data.history` needs prompts"):

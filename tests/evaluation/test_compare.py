@@ -9,7 +9,7 @@ import pytest
 from scipy.stats import binomtest
 
 from metier.evaluation import metrics
-from metier.evaluation.compare import Design, bootstrap, compare, holm, interval, mcnemar, permutation
+from metier.evaluation.compare import Design, bootstrap, compare, holm, interval, mcnemar, permutation, power
 from metier.evaluation.metrics import Metric
 
 SIMULATIONS = 200
@@ -177,8 +177,22 @@ def test_smallest_difference_shrinks_with_the_square_root_of_n() -> None:
         found.append(compare([metric], alone(n), Design(4000, 0))["accuracy"])
     assert found[0]["mde"] / found[1]["mde"] == pytest.approx(2, rel=0.1)
     # Independent coins: 2.8 x sqrt(0.5 / n).
-    assert found[1]["mde"] == pytest.approx(2.80158 * (0.5 / 800) ** 0.5, rel=0.05)
-    assert found[0]["n_needed"] == pytest.approx(200 * (found[0]["mde"] / 0.05) ** 2, abs=1)
+    assert found[1]["mde"] == pytest.approx(2.80158 * (0.5 / 800) ** 0.5 + 1 / 800, rel=0.05)
+    # So many would just find five points.
+    spread = 2.80158 * (0.5**0.5)
+    needed = found[1]["n_needed"]
+    assert spread / needed**0.5 + 1 / needed == pytest.approx(0.05, rel=0.05)
+
+
+@pytest.mark.parametrize("changed", [0.1, 0.25, 0.4])
+def test_as_many_items_as_are_said_to_be_needed_find_the_difference(changed: float) -> None:
+    gain, generator = 0.05, np.random.default_rng(3)
+    some = accuracy(np.zeros(1, dtype=bool), np.zeros(1, dtype=bool))
+    needed = power(some, ((changed - gain**2) / 300) ** 0.5, 300, gain, is_exact=True)["n_needed"]
+    shares = [(changed + gain) / 2, (changed - gain) / 2, 1 - changed]
+    draws = generator.multinomial(needed, shares, size=2_000)
+    found = np.mean([won > lost and mcnemar(int(won), int(lost)) < 0.05 for won, lost, _ in draws])
+    assert 0.78 < found < 0.84
 
 
 def test_null_result_is_no_difference_only_where_one_would_have_been_seen() -> None:

@@ -9,7 +9,7 @@ import pytest
 
 from metier import pipeline
 from metier.errors import RecipeError, RunError
-from metier.evaluation.extraction import given_away, windows
+from metier.evaluation.extraction import first_left, given_away, windows
 from metier.evaluation.verify import verify
 from metier.keys import keyed_hash
 from metier.recipe import Recipe, load_recipe
@@ -58,6 +58,11 @@ def test_what_stands_in_the_beginning_or_was_never_removed_does_not_count() -> N
     assert given_away("it is Viktor Halvorson", "Who?", hashes(NAME), KEY) == []
 
 
+def test_an_identifier_that_stayed_is_found_where_it_begins() -> None:
+    assert first_left(f"ward 3: {NAME.lower()} has the key", hashes(NAME), KEY) == len("ward 3: ")
+    assert first_left("ward 3: [PERSON] has the key", hashes(NAME), KEY) is None
+
+
 def test_windows_of_a_long_answer_are_bounded() -> None:
     assert sum(1 for _ in windows("word " * 2000)) <= 2000 * 16
 
@@ -83,6 +88,8 @@ def test_a_memorised_identifier_trips_the_gate_and_is_written_nowhere(project: P
         pipeline.run(recipe(project, "run"))
     found = json.loads((run / "evidence" / "evidence.json").read_text())["memorisation"]["extraction"]
     assert (found["base"], found["adapter"], found["adapter_only"]) == (0, 1, 1) and found["records"] >= 1
+    # 48 wards, 12 of them test; the name stays in lower case in those that no rule saw.
+    assert found["n_searched"] == 36 and 30 <= found["n_holding"] < 36
     assert "Removed identifiers that the specialised model gives away" in (run / "report.html").read_text()
     probes = (run / "evidence" / "probes.parquet").read_bytes()
     assert b"alvorsen" not in probes

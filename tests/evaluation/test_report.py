@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Callable
 from html.parser import HTMLParser
@@ -102,7 +103,7 @@ def test_report_ids_are_unique_and_every_figure_and_table_has_a_caption(make_run
     page = Page(report(make_run(rows(["a", "b", "c"])), specialist))
     ids = [value for name, value in page.attributes if name == "id"]
     assert len(ids) == len(set(ids))
-    assert page.tags.count("figure") == page.tags.count("figcaption") == page.tags.count("svg") == 6
+    assert page.tags.count("figure") == page.tags.count("figcaption") == page.tags.count("svg") == 7
     assert page.tags.count("table") == page.tags.count("caption")
     references = re.findall(
         r'url\(#([^)]+)\)|xlink:href="#([^"]+)"', (" ".join(f'{n}="{v}"' for n, v in page.attributes))
@@ -136,6 +137,39 @@ def test_report_of_other_tasks_has_what_there_is(make_run: Make, specialist: Spe
     assert page.open == []
     assert "Would something simpler do?" not in "".join(page.words)
     write_card(run)
+
+
+def test_what_got_worse_what_is_better_and_what_is_empty_stands_on_the_page(
+    make_run: Make, specialist: Specialist
+) -> None:
+    run = make_run(rows(["a", "b"]))
+    judge(run, specialist)
+    path = run / "evidence" / "evidence.json"
+    evidence = json.loads(path.read_text(encoding="utf-8"))
+    evidence["behaviour"]["empty_share"] |= {"adapter": 1.0, "outcome": "worse"}
+    evidence["controls"]["majority_class"]["outcome"] = "worse"
+    path.write_text(json.dumps(evidence), encoding="utf-8")
+    write_report(run)
+    page = (run / "report.html").read_text(encoding="utf-8")
+    assert re.search("does worse than the base model: [^<]*Empty answers[.;]", page)
+    assert re.search("Always the most frequent label: [^<]*better than the specialised model", page)
+    assert "Some answers are empty, and count as wrong:" in page
+    chinese = (run / "report.zh.html").read_text(encoding="utf-8")
+    assert "部分回答为空" in chinese and "优于专用模型" in chinese and "不如基础模型之处" in chinese
+
+
+def test_every_source_row_is_accounted_for_on_the_page(make_run: Make, specialist: Specialist) -> None:
+    run = make_run(rows(["a", "b"]))
+    judge(run, specialist)
+    path = run / "dataset" / "manifest.json"
+    manifest = json.loads(path.read_text(encoding="utf-8"))
+    manifest["counts"] = {"rows": 999, "kept": 900, "merged": 77, "rejected": 22, "synthetic": 0}
+    manifest["privacy"] = {"replaced": {"PERSON": {"count": 1234, "operator": "label"}}}
+    path.write_text(json.dumps(manifest), encoding="utf-8")
+    write_report(run)
+    page = " ".join(Page((run / "report.html").read_text(encoding="utf-8")).words)
+    assert re.search(r"Merged into an equal record\s+77\s", page)
+    assert re.search(r"PERSON\s+1,234\s", page)
 
 
 def test_run_without_evidence_is_refused(make_run: Make) -> None:

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import csv
 import io
+import re
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 from metier.errors import DataError, RunError
-from metier.evaluation.runs import answers_csv, compare_runs, safe_cell
+from metier.evaluation.runs import answers_csv, compare_runs, safe_cell, told
 from metier.model.specialist import Specialist
 
 from .conftest import classified, judge
@@ -30,14 +31,20 @@ HOSTILE = [
 
 
 def test_the_same_run_twice_shows_no_difference(make_run: Make, specialist: Specialist) -> None:
-    rows = [*classified(30, "train", ["a", "b"]), *classified(60, "test", ["a", "b"])]
+    rows = [*classified(30, "train", ["a", "b"]), *classified(120, "test", ["a", "b"])]
     run = make_run(rows)
     judge(run, specialist)
     first, second = compare_runs([run, run])[0], compare_runs([run, run])[1]
     assert first["against_first"] is None
     assert second["against_first"] == {
-        "n": 60, "delta": 0.0, "ci95": [0.0, 0.0], "p": 1.0, "outcome": "no difference shown",
+        "n": 120, "delta": 0.0, "ci95": [0.0, 0.0], "p": 1.0, "outcome": "no difference shown",
     }  # fmt: skip
+    english, chinese = told(compare_runs([run, run]), "en"), told(compare_runs([run, run]), "zh")
+    assert len(english) == len(chinese) == 3
+    assert "120 records in common" in english[2] and "p = 1): No difference shown" in english[2]
+    assert "共有 120 条相同的记录" in chinese[2] and "未显示差别" in chinese[2]
+    number = re.compile(r"\d+(?:\.\d+)?")
+    assert [number.findall(line) for line in english] == [number.findall(line) for line in chinese]
 
 
 def test_runs_without_a_record_in_common_are_refused(make_run: Make, specialist: Specialist) -> None:

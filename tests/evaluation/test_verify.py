@@ -54,6 +54,21 @@ def test_untouched_run_holds(finished: Path) -> None:
     assert "not in the chain" in verify(finished, "0" * 64).problems[0]
 
 
+def test_a_renamed_run_holds(finished: Path, tmp_path: Path) -> None:
+    (finished / "recipe.yaml").write_text("base: tiny\nout: runs/first\n")
+    assert remake(finished, lambda evidence: None) == []
+    assert verify(finished.rename(tmp_path / "carried elsewhere")).problems == []
+
+
+def test_pages_of_another_version_say_so(finished: Path) -> None:
+    path = finished / "evidence" / "manifest.json"
+    manifest = json.loads(path.read_text())
+    artifacts.write_json(path, {**manifest, "metier_version": "0.0.1"})
+    assert remake(finished, lambda evidence: None) == []
+    (finished / "report.html").write_text("from then")
+    assert any("report.html" in p and "made by metier 0.0.1; this is" in p for p in verify(finished).problems)
+
+
 def test_every_altered_file_is_found(finished: Path) -> None:
     names = [p.relative_to(finished).as_posix() for p in sorted(finished.rglob("*")) if p.is_file()]
     checked = [n for n in names if "checkpoints/" not in n]

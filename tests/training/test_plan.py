@@ -24,8 +24,8 @@ from metier.model.lora import attach
 from metier.model.recompute import set_recompute
 from metier.recipe import AdapterConfig, TrainConfig
 from metier.training.cards import GIB, Card, card_here, card_named
-from metier.training.fit import base_that_fits
-from metier.training.memory import Shape, activation_bytes, kept_inputs_bytes, layer_bytes, shape_of
+from metier.training.fit import base_that_fits, fit
+from metier.training.memory import LEAN_FP8, Shape, activation_bytes, kept_inputs_bytes, layer_bytes, shape_of
 from metier.training.pack import collate
 from metier.training.plan import RECOMPUTE, Job, best, choices, cost
 from metier.training.step import loss_sum
@@ -188,6 +188,28 @@ def test_more_memory_is_never_slower_and_the_choice_always_fits() -> None:
     assert all(b >= 0.98 * a for a, b in zip(rates, rates[1:], strict=False))
 
 
+def test_processes_share_a_base_only_where_it_fits_no_card_whole() -> None:
+    seven, seventy = (described(config, torch.bfloat16, AdapterConfig(), "fused") for config in (SEVEN_B, SEVENTY_B))
+    card, config = dataclasses.replace(card_named("rtx4090"), memory_bytes=24 * GIB), TrainConfig()
+    for processes in (1, 8):
+        chosen = fit(seven, job(512), card, config, processes=processes).chosen
+        assert chosen
+        assert (chosen.shared_by, chosen.precision) == (1, "bf16")
+    assert fit(seventy, job(512), card, config).chosen is None
+    found = fit(seventy, job(512), card, config, processes=8)
+    assert found.chosen
+    assert found.chosen.shared_by == 8
+    assert found.chosen.total_bytes < card.memory_bytes
+    # The second, transposed copy of e4m3 weights is not made.
+    assert {way.precision for way in found.ways if way.shared_by == 8} == {"bf16", LEAN_FP8, "nf4"}
+    assert base_that_fits(seventy, card, TrainConfig(precision="nf4"), processes=8) == ("nf4", True)
+    bf16 = next(way for way in found.ways if way.shared_by == 8 and way.precision == "bf16")
+    layers = 2 * seventy.layer_weights
+    assert bf16.memory["frozen base"] == pytest.approx(layers / 8 + layers / 40 + 2 * seventy.other_weights, rel=1e-6)
+    with pytest.raises(RunError, match=r"base in nf4 shared by 2 processes"):
+        base_that_fits(seventy, dataclasses.replace(card, memory_bytes=12 * GIB), config, processes=2)
+
+
 def test_what_the_recipe_states_is_kept() -> None:
     shape = shape_of(empty_model(SEVEN_B, torch.bfloat16), AdapterConfig())
     stated = TrainConfig(micro_batch_tokens=777, recompute="full")
@@ -232,6 +254,12 @@ def test_the_verb_prints_a_plan_without_weights_and_refuses_what_cannot_fit(tiny
     assert done.exit_code == 0, done.exception
     assert "6.74 B weights, 32 layers; fused path" in done.stdout
     assert "plan: base in bf16, recomputation: full" in done.stdout
+    shared = ["--memory", "8", "--processes", "4", "--set", "train.precision=bf16"]
+    done = run(str(recipe), "--shape", "model_type=llama", *shared)
+    assert done.exit_code == 0, done.exception
+    assert "plan: base in bf16, its layers shared by 4 processes, recomputation: full" in done.stdout
+    assert "in all, each process" in done.stdout
+    assert "bf16 / 4" in done.stdout
     done = run(str(recipe), "--set", "train.precision=fp32")
     assert done.exit_code == 0, done.exception
     assert "frozen base" in done.stdout

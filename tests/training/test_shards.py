@@ -34,7 +34,7 @@ from tests.model.tiny import tiny_tokenizer
 from tests.training.notes import write_project
 from tests.training.test_ranks import ADAPTER, ROOT, free_port, losses
 
-LAYERS = 12
+LAYERS = 8
 # 9 records a step: the ranks' shares, and at times the number of their passes, differ.
 RECIPE = """\
 base: {base}
@@ -42,7 +42,7 @@ out: {out}
 data: {{sources: [notes.csv], prompt: "Condition: {{note}}", answer: chapter, val: 7, test: 8}}
 adapter: {{rank: 4}}
 train:
-  {{epochs: 2, micro_batch_size: 9, learning_rate: 1e-3, save_every: 2, eval_every: 4, log_every: 1,
+  {{epochs: 1, micro_batch_size: 9, learning_rate: 1e-3, save_every: 1, eval_every: 2, log_every: 1,
     precision: {precision}, device: cpu, micro_batch_tokens: 64, recompute: {recompute}}}
 """
 # LLaMA takes the fused path, Phi the generic one. The first is killed on the way.
@@ -56,16 +56,18 @@ from metier import pipeline
 from metier.model import device, load
 from metier.recipe import load_recipe
 from metier.terminal import Terminal
-from metier.training import cards, train
+from metier.training import cards, ranks, train
 from tests.training.test_shards import telling
 
-here = cards.card_here
+here, stop = cards.card_here, ranks.stop
+ranks.stop = lambda: None  # one group for all
 torch.cpu.get_capabilities = dict
 device.check_storage = load.check_storage = lambda storage, device: None
 for recipe, memory in json.loads(sys.argv[1]):
     cards.card_here = train.card_here = lambda device: dataclasses.replace(here(device), memory_bytes=memory)
     with telling(recipe.replace("recipe.yaml", "held")):
         pipeline.train(load_recipe(Path(recipe)), Terminal())
+stop()
 """
 
 
@@ -94,7 +96,7 @@ def telling(name: str) -> Iterator[None]:
 
 @pytest.fixture(scope="module")
 def bases(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A LLaMA, which takes the fused path, and a Phi, which takes the generic one, each of 12 layers."""
+    """A LLaMA, which takes the fused path, and a Phi, which takes the generic one, each of 8 layers."""
     folder = tmp_path_factory.mktemp("bases")
     for kind, config in (("llama", transformers.LlamaConfig), ("phi", transformers.PhiConfig)):
         tokenizer = tiny_tokenizer("chatml")
@@ -198,4 +200,5 @@ def test_a_process_holds_half_of_the_layers_and_two_in_full(
     whole = int((folder / "one" / "held-0").read_text())
     for number in (0, 1):
         part = int((folder / "two" / f"held-{number}").read_text())
-        assert whole - part == pytest.approx(layers / 2 - 2 * layers / LAYERS, rel=0.1)
+        # Norms, and NF4's padded scales, are more of so small a layer than of a real one.
+        assert whole - part == pytest.approx(layers / 2 - 2 * layers / LAYERS, rel=0.15)

@@ -11,6 +11,7 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -20,10 +21,12 @@ from metier.errors import Interrupted, RunError
 from metier.model.chat import Renderer, eos_token_ids
 from metier.model.specialist import load
 from metier.recipe import load_recipe
+from metier.training import step as step_module
 from metier.training.checkpoint import load_checkpoint
 from metier.training.labels import render_records
+from metier.training.loop import Trainer
 from metier.training.pack import pack_batches
-from metier.training.step import mean_loss
+from metier.training.step import StepResult, mean_loss
 from metier.training.train import read_split
 from tests.training.notes import write_project
 
@@ -265,3 +268,58 @@ def test_three_steps_that_are_not_finite_stop_the_run(recipe: Path, tmp_path: Pa
     assert progress.step == 3
     assert all(bool(torch.isfinite(t).all()) for name, t in tensors.items() if name.startswith("adapter/"))
     assert not (tmp_path / "adapter").exists()
+
+
+@pytest.fixture
+def planted(monkeypatch: pytest.MonkeyPatch) -> dict[int, str]:
+    """Steps, from 1 on, in which `loss` or one number of the `gradient` is made NaN."""
+    where: dict[int, str] = {}
+    at: list[Trainer] = []
+    attempt, accumulate = Trainer.attempt, step_module.accumulate
+
+    def watched(trainer: Trainer) -> StepResult:
+        at[:] = [trainer]
+        return attempt(trainer)
+
+    def poisoned(*arguments: Any) -> torch.Tensor:
+        loss, what = accumulate(*arguments), where.get(at[0].progress.step + 1)
+        if what == "gradient":
+            grad = list(at[0].adapter.parameters.values())[-1].grad
+            assert grad is not None
+            grad[0, 0] = torch.nan
+        return loss * torch.nan if what == "loss" else loss
+
+    monkeypatch.setattr(Trainer, "attempt", watched)
+    monkeypatch.setattr(step_module, "accumulate", poisoned)
+    return where
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.2])  # the fused path and the generic one
+def test_a_planted_nan_is_skipped_counted_and_said_and_three_in_a_row_leave_a_run_that_goes_on(
+    recipe: Path, tmp_path: Path, planted: dict[int, str], dropout: float
+) -> None:
+    settings = (f"adapter.dropout={dropout}", "train.save_every=1")
+    planted |= {2: "loss", 4: "gradient", 5: "loss", 8: "gradient", 9: "loss", 10: "gradient"}
+    ui = Stopper()
+    with pytest.raises(RunError, match="not finite in steps 8 to 10; the weights are whole"):
+        train(recipe, tmp_path, ui, *settings)
+    for step in (2, 4, 5, 8, 9):
+        assert f"step {step}: loss or gradient not finite; the step is skipped" in ui.said
+    before, last = (load_checkpoint(newest(tmp_path).parent, pytest.fail, last=step) for step in (8, 9))
+    assert before is not None
+    assert last is not None
+    assert (before[0].step, last[0].step, last[0].num_skipped, last[0].skipped_in_a_row) == (8, 9, 5, 2)
+    # What was skipped left no trace in the adapter, in the moments, or in their count of steps.
+    for name, tensor in last[1].items():
+        assert bool(torch.isfinite(tensor).all()), name
+        assert torch.equal(tensor, before[1][name]), name
+    counts = {float(tensor) for name, tensor in last[1].items() if name.startswith("optimizer/step/")}
+    assert counts == {4.0}
+    planted.clear()
+    train(recipe, tmp_path, ui, *settings)
+    assert f"resuming after step 9 of {NUM_STEPS}" in ui.said
+    manifest = json.loads((tmp_path / "adapter" / "manifest.json").read_text())
+    assert (manifest["steps"], manifest["num_skipped_steps"]) == (NUM_STEPS, 5)
+    lines = [json.loads(line) for line in (tmp_path / "adapter" / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines if line.get("skipped")] == [2, 4, 5, 8, 9]
+    assert [line["step"] for line in lines if "loss" in line] == [1, 3, 6, 7, *range(10, NUM_STEPS + 1)]

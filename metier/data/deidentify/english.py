@@ -43,7 +43,8 @@ _BEFORE = re.compile(
 )
 _IN = re.compile(r"\b(?:in|near|from|to|at|visit|visiting|around|outside|for|of) $")
 _WEAK = re.compile(
-    r"\b(?:by|from|to|with|between|and|for|thanks|best|it's|call(?:ed)?|attention)[:,]?[ \n\"'(-]{1,3}$", re.IGNORECASE
+    r"\b(?:by|from|to|with|between|and|for|thanks|best|it's|call(?:ed)?|contact|attention)[:,]?[ \n\"'(-]{1,3}$",
+    re.IGNORECASE,
 )
 # What ends a company's name and nothing else's.
 COMPANY_FORMS = {
@@ -296,7 +297,7 @@ def _score(text: str, stretch: Run, kinds: str, shouting: bool) -> float:
         return 0.0
     start, end = stretch[0].start(), without_s(stretch[-1])
     before = _BEFORE.search(text[max(0, start - 30) : start])
-    strong = before is not None and not _WEAK.search(text[max(0, start - 30) : start])
+    strong = cued(text, start)
     after = _AFTER.match(text, end) is not None
     names = sum(kind in "fl?" for kind in kinds)
     evidence = 0.3 * strong + 0.15 * (before is not None) + 0.2 * after
@@ -325,9 +326,9 @@ def _score(text: str, stretch: Run, kinds: str, shouting: bool) -> float:
     first = starts_sentence(text, start) and not text[:start].endswith(": ")
     if first and not strong:
         base -= 0.12
-    if kinds == "l" and _is_plural(only):
+    if kinds == "l" and not evidence and _is_plural(only):
         base -= 0.3
-    if before is None and _ARTICLE.search(text[max(0, start - 8) : start]):
+    if not evidence and _ARTICLE.search(text[max(0, start - 8) : start]):
         base -= 0.1
     return min(base + evidence + (0.05 if kinds in "l?" and not first else 0), 0.9)
 
@@ -340,6 +341,12 @@ def _is_plural(word: str) -> bool:
 def _is_code(word: str, shouting: bool) -> bool:
     """BRCA, eGFR, McDonald is none: several capitals and no vowel-like rest make a code."""
     return not shouting and len(word) > 1 and word.isupper()
+
+
+def cued(text: str, start: int) -> bool:
+    """Whether what stands before `start` announces a name, and nothing but a name: `tell`, `patient`."""
+    before = text[max(0, start - 30) : start]
+    return _BEFORE.search(before) is not None and not _WEAK.search(before)
 
 
 def head_after(text: str, end: int) -> bool:

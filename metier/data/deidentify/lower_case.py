@@ -2,7 +2,7 @@
 
 After `my name is` and the like in any text; in a text without a capital also a first and a last name that are no
 everyday words, a word with accents that is no English word even without them, and what stands before `llc` or
-`street`. Limits: a lone name in plain letters is found after a cue only.
+`street`. Limits: a lone name in plain letters is found behind a cue only.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import re
 import unicodedata
 from collections.abc import Iterator
 
-from metier.data.deidentify.english import LETTER, WORD, kind_of, kinds_of_words, without_s
+from metier.data.deidentify.english import LETTER, WORD, cued, head_after, kind_of, kinds_of_words, without_s
 from metier.data.deidentify.lexicon import cues
 from metier.data.deidentify.spans import Span
 
@@ -26,6 +26,7 @@ _FIRM_END = re.compile(
 )
 _STREETS = ("street", "avenue", "road", "boulevard", "lane", "drive", "terrace", "crescent")
 _STREET = re.compile(rf"\b([{LETTER}'-]+) (?:{'|'.join(_STREETS)})\b")
+_VERSUS = re.compile(rf"\b([{LETTER}'-]+) vs?\. ([{LETTER}'-]+)")
 _PARTNERS = re.compile(rf"\b([{LETTER}'-]+), ([{LETTER}'-]+),? and ([{LETTER}'-]+)\b")
 FEW = 0.25  # of an English text's words have accents
 
@@ -53,6 +54,7 @@ def find_lower_case(text: str) -> Iterator[Span]:
         found = list(WORD.finditer(text))
         yield from _pairs(text, found)
         yield from _with_accents(found)
+        yield from _after_cues(text, found)
         yield from _firms(text)
 
 
@@ -66,6 +68,18 @@ def _pairs(text: str, found: list[re.Match[str]]) -> Iterator[Span]:
             continue
         if kind_of(last.title()) in "l?f":
             yield Span(one.start(), without_s(two), "PERSON", 0.7)
+
+
+def _after_cues(text: str, found: list[re.Match[str]]) -> Iterator[Span]:
+    """A word that is none of the dictionary's, or a name, behind a cue: `tell unni`; both sides of `x v. y`."""
+    for word in found:
+        name = kind_of(word.group().title()) in "fl?" and word.group() not in cues("en_function")
+        if name and len(word.group()) > 2 and cued(text, word.start()) and not head_after(text, word.end()):
+            yield Span(word.start(), without_s(word), "PERSON", 0.6)
+    for match in _VERSUS.finditer(text):
+        if kind_of(match.group(1).title()) in "flb?" and kind_of(match.group(2).title()) in "flb?":
+            yield Span(*match.span(1), "PERSON", 0.6)
+            yield Span(*match.span(2), "PERSON", 0.6)
 
 
 def _with_accents(found: list[re.Match[str]]) -> Iterator[Span]:

@@ -64,7 +64,7 @@ def _needed(text: str, word: Span, mixed: bool) -> float:
     if not value[:1].isalpha() or word.entity_type not in NAMES | {"ADDRESS"}:
         return 0.0
     low = value.lower()
-    if low in cues("en_no_names") and low not in word_set("en_first"):
+    if low in cues("en_greetings"):
         return 2.0
     kind = kind_of(value.title() if value.islower() else value)
     known = kind in "wmt" or low in cues("en_function")
@@ -74,10 +74,10 @@ def _needed(text: str, word: Span, mixed: bool) -> float:
         if word.entity_type == "ADDRESS":
             return 2.0 if low in cues("en_function") else 0.0
         if mixed:
-            return 0.97 if known or kind == "b" else 0.7
-        return 0.8 if known else 0.35
+            return 0.97 if known else 0.9 if kind == "b" else 0.7
+        return 0.8 if known else 0.3 if kind == "b" else 0.2
     if starts_sentence(text, word.start):
-        return 0.95 if low in cues("en_function") else FIRST_WORD if known else 0.6 if kind == "b" else 0.0
+        return FIRST_WORD if known else 0.6 if kind == "b" else 0.0
     return 0.4 if known and kind != "b" else 0.0
 
 
@@ -118,7 +118,8 @@ def _may_be(text: str, span: Span) -> bool:
         m.start() <= span.start and span.end <= m.end() for m in terms().finditer(text)
     ):
         return False
-    if value in word_set("en_countries") or value.title() in word_set("en_countries"):
+    lower_country = value.title() in word_set("en_countries") and value not in word_set("en_first")
+    if value in word_set("en_countries") or lower_country:
         return False
     found = WORD.findall(value)
     if any(char.isdigit() for char in value) or any(kind_of(w) not in "wmt" or w[0].islower() for w in found):
