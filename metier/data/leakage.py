@@ -114,7 +114,9 @@ class Passages:
     def __init__(self, texts: Sequence[str], template: Template | None = None) -> None:
         self._template = template or Template(texts)
         found = [window_hashes(self._template.own(batch), PASSAGE_HAN, PASSAGE_OTHER)[0] for _, batch in batches(texts)]
-        self._known = Known(distinct(np.concatenate(found)) if found else np.empty(0, np.uint64))
+        hashes = np.concatenate(found) if found else np.empty(0, np.uint64)
+        del found  # it is as large again
+        self._known = Known(distinct(hashes))
 
     def shared(self, texts: Sequence[str]) -> np.ndarray[Any, np.dtype[np.bool_]]:
         """[n]: which of `texts` hold one of the passages."""

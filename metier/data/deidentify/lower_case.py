@@ -72,11 +72,15 @@ def _pairs(text: str, found: list[re.Match[str]]) -> Iterator[Span]:
 
 def _after_cues(text: str, found: list[re.Match[str]]) -> Iterator[Span]:
     """A word that is none of the dictionary's, or a name, behind a cue: `tell unni`; both sides of `x v. y`."""
+    kinds, function = kinds_of_words(), cues("en_function")
     for word in found:
-        name = kind_of(word.group().title()) in "fl?" and word.group() not in cues("en_function")
-        if name and len(word.group()) > 2 and cued(text, word.start()) and not head_after(text, word.end()):
+        value = word.group()
+        # Most are everyday words of the dictionary: these go at once.
+        if len(value) <= 2 or kinds.get(value, "?") not in "fl?" or value in function:
+            continue
+        if kind_of(value.title()) in "fl?" and cued(text, word.start()) and not head_after(text, word.end()):
             yield Span(word.start(), without_s(word), "PERSON", 0.6)
-    for match in _VERSUS.finditer(text):
+    for match in _VERSUS.finditer(text) if " v" in text else ():
         if kind_of(match.group(1).title()) in "flb?" and kind_of(match.group(2).title()) in "flb?":
             yield Span(*match.span(1), "PERSON", 0.6)
             yield Span(*match.span(2), "PERSON", 0.6)
