@@ -174,8 +174,9 @@ def bench(args: argparse.Namespace) -> list[str]:
     from metier.model.template import TemplateProcess
     from metier.serving.guard import Guard
     from metier.serving.models import Model, Models
-    from metier.serving.server import Server, ServerSettings
+    from metier.serving.server import Server, ServerSettings, prepare_process
 
+    prepare_process()
     ticks = [time.monotonic()]
     base = make_base(args.work / "base", is_tiny=args.tiny)
     templates = TemplateProcess()
@@ -255,9 +256,9 @@ def where(args: argparse.Namespace) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--clients", type=int, default=64)
-    parser.add_argument("--requests", type=int, default=128)
+    parser.add_argument("--requests", type=int, default=256)
     parser.add_argument("--max-tokens", type=int, default=48)
-    parser.add_argument("--timed", type=int, default=2, help="requests that are timed one after another")
+    parser.add_argument("--timed", type=int, default=3, help="requests that are timed one after another")
     parser.add_argument("--tiny", action="store_true")
     parser.add_argument("--work", type=Path, default=Path("/tmp/serving-gpu"))
     parser.add_argument("--out", type=Path)

@@ -64,7 +64,9 @@ def run(recipe: Recipe, ui: Ui | None = None) -> Path:
     with _run_folder(recipe, ui) as (out, ui):
         _prepare(recipe, out, ui)
         _train(recipe, out, ui)
+        _dismiss(out, unless_shared=True)
         _evaluate(recipe, out, ui)
+        _dismiss(out)
     return out / "report.html"
 
 
@@ -81,6 +83,7 @@ def train(recipe: Recipe, ui: Ui | None = None) -> Path:
         return _follow(recipe) / "adapter"
     with _run_folder(recipe, ui) as (out, ui):
         _train(recipe, out, ui)
+        _dismiss(out)
     return out / "adapter"
 
 
@@ -120,15 +123,24 @@ def num_processes() -> int:
 
 
 def _follow(recipe: Recipe) -> Path:
-    """Waits for the first process's word, trains along if there is something to train, and returns the run's folder."""
-    from metier.training import ranks
+    """Waits for the first process's word, and trains and holds its part of a shared base; returns the run's folder."""
+    from metier.training import ranks, shared
 
     ranks.start(recipe.train.device)
     key = ranks.from_first(None)
     if key is not None:
         _train_adapter(recipe, Path(recipe.out), key, Silent())
-    ranks.stop()
+    shared.follow(Path(recipe.out), recipe.train.device)
     return Path(recipe.out)
+
+
+def _dismiss(out: Path, *, unless_shared: bool = False) -> None:
+    """Lets the other processes go, where there are some; with `unless_shared` only where each had the whole base."""
+    if num_processes() > 1:
+        from metier.training import shared
+
+        if not (unless_shared and shared.is_shared(out)):
+            shared.dismiss()
 
 
 @contextlib.contextmanager
@@ -166,8 +178,6 @@ def _train(recipe: Recipe, out: Path, ui: Ui) -> None:
         _train_adapter(recipe, out, key, ui)
         _store(recipe, out)
         audit_artifacts(out)
-    if num_processes() > 1:
-        ranks.stop()
 
 
 def adapter_key(recipe: Recipe, out: Path, ui: Ui) -> str:
@@ -269,7 +279,10 @@ def _contenders(recipe: Recipe, out: Path, ui: Ui) -> list[Contender]:
 
     found = []
     if recipe.evaluate.reference == "full":
-        manifest = _full(recipe, out, ui)
+        from metier.training import ranks
+
+        with ranks.alone():  # others may be waiting for the evaluation
+            manifest = _full(recipe, out, ui)
         found.append(Contender("full", manifest["digest"], loaded(out / "full"), manifest))
     if recipe.evaluate.earlier:
         folder = Path(recipe.evaluate.earlier)
@@ -305,13 +318,13 @@ def _evaluate(recipe: Recipe, out: Path, ui: Ui) -> None:
         return
     if not is_judged:
         from metier.evaluation.evaluate import evaluate
-        from metier.model.specialist import load
+        from metier.training.shared import specialist_of
 
-        specialist = load(out, device=recipe.train.device, say=ui.say)
-        evaluate(
-            specialist, dataset=out / "dataset", adapter=out / "adapter", config=recipe.evaluate, seed=recipe.seed,
-            out=out / "evidence", key=key, progress=ui.progress, contenders=contenders,
-        )  # fmt: skip
+        with specialist_of(out, recipe.train.device, ui.say) as specialist:
+            evaluate(
+                specialist, dataset=out / "dataset", adapter=out / "adapter", config=recipe.evaluate, seed=recipe.seed,
+                out=out / "evidence", key=key, progress=ui.progress, contenders=contenders,
+            )  # fmt: skip
         audit_artifacts(out)
     _store(recipe, out)
     _report(out)

@@ -105,6 +105,33 @@ class Shards:
         while self._at < len(self._order) - 1:
             self._advance()
 
+    @contextlib.contextmanager
+    def lead(self, model: Any) -> Iterator[None]:
+        """Inside, the other processes `follow` each call of `model` in this one, the first, without backward."""
+        passes: list[contextlib.AbstractContextManager[None]] = []
+
+        def before(*_: Any) -> None:
+            _told(True)
+            passes.append(self.one_pass(backward=False))
+            passes[-1].__enter__()
+
+        def after(*_: Any) -> None:
+            passes.pop().__exit__(None, None, None)
+
+        hooks = model.register_forward_pre_hook(before), model.register_forward_hook(after, always_call=True)
+        try:
+            yield
+        finally:
+            for hook in hooks:
+                hook.remove()
+            _told(False)
+
+    def follow(self) -> None:
+        """Gathers with the first process until its `lead` ends."""
+        while _told(False):
+            with self.one_pass(backward=False):
+                pass
+
     def need(self, number: int) -> None:
         """Waits until the layer's tensors are whole; they stay so until the layer after the next is asked for."""
         if number not in self._order[max(0, self._at) :]:
@@ -134,6 +161,13 @@ class Shards:
         # Its name since torch 2.13, and before.
         gather: Any = getattr(distributed, "all_gather_single", None) or distributed.all_gather_into_tensor
         self._travelling = gather(self.rows[number], self.own[number], async_op=True)
+
+
+def _told(goes_on: bool) -> bool:
+    """The first process's word to all."""
+    box = [goes_on]
+    distributed.broadcast_object_list(box, src=0)
+    return box[0]
 
 
 class _Mark(torch.autograd.Function):

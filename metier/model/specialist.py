@@ -197,12 +197,14 @@ def load(
     *,
     device: Device = "auto",
     precision: Precision = "auto",
+    shared: bool = False,
     say: Callable[[str], None] = lambda text: None,
 ) -> Specialist:
     """Loads a run's folder, a PEFT adapter's folder or a base model (alias, folder, GGUF file or hub id).
 
-    A run is loaded as it was measured: its adapter in the precision of its training, where the device
-    has it. Raises `ModelError` when there is nothing to load there.
+    A run is loaded as it was measured: its adapter in the precision of its training, where the device has it. With
+    `shared` the base's layers are divided over the processes (`metier.model.shards`). Raises `ModelError` when there is
+    nothing to load there.
     """
     folder = Path(run_or_base)
     adapter_folder = next((f for f in (folder / "adapter", folder) if (f / "adapter_config.json").is_file()), None)
@@ -219,9 +221,8 @@ def load(
     if not name:
         raise ModelError(f"`{adapter_folder}` does not name its base model", hint="set `base_model_name_or_path` in it")
     same_device = manifest.get("device") == resolve_device(device).type
-    base = _base(
-        name, entries.get("revision"), device, trained if precision == "auto" and same_device else precision, say
-    )
+    as_trained = trained if precision == "auto" and same_device else precision
+    base = _base(name, entries.get("revision"), device, as_trained, say, shared=shared)
     return Specialist(base, load_adapter(base.model, adapter_folder))
 
 
@@ -233,9 +234,12 @@ def precision_of(adapter_folder: Path) -> Precision:
     return names.get(str((read_manifest(adapter_folder) or {}).get("precision")), "auto")
 
 
-def _base(name: str, revision: str | None, device: Device, precision: Precision, say: Callable[[str], None]) -> Base:
+def _base(
+    name: str, revision: str | None, device: Device, precision: Precision, say: Callable[[str], None], *,
+    shared: bool = False,
+) -> Base:  # fmt: skip
     where = resolve_device(device)
     return load_base(
         name, revision=revision, dtype=resolve_precision(precision, where), device=where,
-        storage=storage_of(precision), progress=say,
+        storage=storage_of(precision), shared=shared, progress=say,
     )  # fmt: skip

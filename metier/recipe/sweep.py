@@ -14,7 +14,7 @@ SWEPT = (
     "adapter.rank", "adapter.alpha", "adapter.dropout", "adapter.target_modules", "adapter.use_rslora",
     "train.learning_rate", "train.min_learning_rate", "train.warmup_ratio", "train.weight_decay",
     "train.max_grad_norm", "train.epochs", "train.micro_batch_size", "train.grad_accum_steps",
-    "balance.classes", "balance.limit", "balance.general_share", "seed",
+    "balance.classes", "balance.limit", "balance.sources", "balance.general_share", "seed",
 )  # fmt: skip
 
 
@@ -38,7 +38,7 @@ class Range(Section):
         return self.min > 0 if self.log is None else self.log
 
 
-Choice = bool | int | float | str | list[str]
+Choice = bool | int | float | str | list[str] | dict[str, float]
 
 
 class SweepConfig(Section):

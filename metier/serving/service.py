@@ -10,7 +10,8 @@ import asyncio
 import contextlib
 import random
 import time
-from collections.abc import AsyncIterator, Iterator
+from collections import deque
+from collections.abc import AsyncIterator, Callable, Iterator
 from dataclasses import dataclass, field
 
 from metier.errors import LabelError, did_you_mean
@@ -63,6 +64,9 @@ class Choice:
     is_done: bool = False
 
 
+Events = asyncio.Queue[tuple[Choice, Event]]
+
+
 @dataclass
 class Job:
     """A request under way."""
@@ -70,7 +74,7 @@ class Job:
     model: Model
     request: AnyRequest
     choices: list[Choice]
-    events: asyncio.Queue[tuple[Choice, Event]]
+    events: Events
     begun: float
 
     def cancel(self) -> None:
@@ -106,6 +110,7 @@ class Service:
         self.limits = limits or Limits()
         self.metrics = Metrics()
         self.token_text = TokenTexts(models.renderer.tokenizer)
+        self._outbox: Outbox | None = None
         self.num_embeddings: int = models.bank.base.model.get_input_embeddings().num_embeddings
 
     def model(self, name: str) -> Model:
@@ -136,7 +141,9 @@ class Service:
                 "`logprobs` cannot be streamed while personal data is redacted: tokens would tell what was taken out",
                 "logprobs", code="unsupported_parameter",
             )  # fmt: skip
-        events: asyncio.Queue[tuple[Choice, Event]] = asyncio.Queue()
+        if self._outbox is None or self._outbox.loop is not loop:
+            self._outbox = Outbox(loop)
+        events: Events = asyncio.Queue()
         seed = random.getrandbits(62) if request.seed is None else request.seed
         choices: list[Choice] = []
         for ids, text in self._prompts(request):
@@ -148,7 +155,7 @@ class Service:
                 choice.refusal = None if is_scoring else model.guard.refusal(text, choice.acts)
                 if choice.refusal is None:
                     choice.generation = self._generation(request, choice, model, max_new, seed + number)
-                    choice.generation.sink = _sink(loop, events, choice)
+                    choice.generation.sink = self._outbox.sink(events, choice)
         self.engine.submit(*(c.generation for c in choices if c.generation is not None))
         return Job(model, request, choices, events, time.monotonic())
 
@@ -306,13 +313,33 @@ class _Writer:
         return rest + notice
 
 
-def _sink(loop: asyncio.AbstractEventLoop, events: asyncio.Queue[tuple[Choice, Event]], choice: Choice):  # type: ignore[no-untyped-def]
-    def sink(event: Event) -> None:
-        # The loop may be gone when the server is stopped in the middle of an answer.
-        with contextlib.suppress(RuntimeError):
-            loop.call_soon_threadsafe(events.put_nowait, (choice, event))
+class Outbox:
+    """From the engine's thread to the loop's: what one pass brings, for however many requests, wakes the loop once."""
 
-    return sink
+    def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
+        self.loop = loop
+        self._pending: deque[tuple[Events, Choice, Event]] = deque()
+        self._is_awake = False
+
+    def sink(self, events: Events, choice: Choice) -> Callable[[Event], None]:
+        """Puts what it is called with into `events`, in the loop's thread."""
+
+        def put(event: Event) -> None:
+            self._pending.append((events, choice, event))
+            if not self._is_awake:
+                self._is_awake = True
+                # The loop may be gone when the server is stopped in the middle of an answer.
+                with contextlib.suppress(RuntimeError):
+                    self.loop.call_soon_threadsafe(self._deliver)
+
+        return put
+
+    def _deliver(self) -> None:
+        # First: what is put while this empties the queue wakes the loop again.
+        self._is_awake = False
+        while self._pending:
+            events, choice, event = self._pending.popleft()
+            events.put_nowait((choice, event))
 
 
 __all__ = ["EngineFailed", "Invalid", "Job", "Limits", "Piece", "Service", "Unavailable"]

@@ -18,20 +18,27 @@ import pytest
 import torch
 import transformers
 from safetensors.torch import load_file
+from torch import distributed
 
 from metier import pipeline
 from metier.model import device as device_module
 from metier.model import load as load_module
-from metier.model.load import empty_model
+from metier.model.fused import fuse
+from metier.model.load import empty_model, load_base
+from metier.model.lora import attach
+from metier.model.recompute import set_recompute
 from metier.recipe import AdapterConfig, TrainConfig, load_recipe
 from metier.training import ranks
 from metier.training.cards import Card
 from metier.training.fit import fit
 from metier.training.loop import Trainer
 from metier.training.memory import WEIGHT_BYTES, shape_of
+from metier.training.pack import pack_batches
 from metier.training.plan import Job
+from metier.training.step import mean_loss, train_step
 from tests.model.tiny import tiny_tokenizer
 from tests.training.notes import write_project
+from tests.training.test_pack import random_records
 from tests.training.test_ranks import ADAPTER, ROOT, free_port, losses
 
 LAYERS = 8
@@ -44,8 +51,9 @@ adapter: {{rank: 4}}
 train:
   {{epochs: 1, micro_batch_size: 9, learning_rate: 1e-3, save_every: 1, eval_every: 2, log_every: 1,
     precision: {precision}, device: cpu, micro_batch_tokens: 64, recompute: {recompute}}}
+evaluate: {{bootstrap_samples: 100, forgetting: false, memorisation_items: 0, max_new_tokens: 4}}
 """
-# LLaMA takes the fused path, Phi the generic one. The first is killed on the way.
+# LLaMA takes the fused path, Phi the generic one. The first is killed on the way, the last is evaluated too.
 CASES = [("llama", "fp32", "none"), ("llama", "nf4", "full"), ("phi", "fp32", "full")]
 # Trains on a device of so many bytes, that takes NF4 and computes in fp32; tells the bytes of all tensors.
 DEVICE = """
@@ -66,7 +74,8 @@ device.check_storage = load.check_storage = lambda storage, device: None
 for recipe, memory in json.loads(sys.argv[1]):
     cards.card_here = train.card_here = lambda device: dataclasses.replace(here(device), memory_bytes=memory)
     with telling(recipe.replace("recipe.yaml", "held")):
-        pipeline.train(load_recipe(Path(recipe)), Terminal())
+        verb = pipeline.run if "phi" in recipe else pipeline.train
+        verb(load_recipe(Path(recipe)), Terminal())
 stop()
 """
 
@@ -152,7 +161,8 @@ def trained(bases: Path) -> tuple[dict[str, Path], str]:
             patch.setattr(torch.cpu, "get_capabilities", dict)
             for module in (device_module, load_module):
                 patch.setattr(module, "check_storage", lambda storage, device: None)
-            pipeline.train(load_recipe(folder / "one" / "recipe.yaml"))
+            verb = pipeline.run if kind == "phi" else pipeline.train
+            verb(load_recipe(folder / "one" / "recipe.yaml"))
     (bases / "device.py").write_text(DEVICE)
     process = begin(jobs[:1], bases / "device.py")
     first = Path(jobs[0][0]).parent / "run"
@@ -190,6 +200,19 @@ def test_the_planner_shares_what_fits_shared_alone_and_the_killed_run_goes_on(
     assert trained[1].count("resuming after step") == 1
 
 
+def test_a_shared_base_is_evaluated_shared_and_gives_the_same_evidence(trained: tuple[dict[str, Path], str]) -> None:
+    assert trained[1].count("evaluating with the base's layers shared by 2 processes") == 1
+    one, two = (
+        json.loads((trained[0]["phi-fp32"] / each / "run" / "evidence" / "evidence.json").read_text())
+        for each in ("one", "two")
+    )
+    assert one["metrics"].keys() == two["metrics"].keys()
+    for name, metric in one["metrics"].items():
+        for side in ("base", "adapter", "n"):
+            assert two["metrics"][name][side] == pytest.approx(metric[side], rel=1e-4), name
+    assert (trained[0]["phi-fp32"] / "two" / "run" / "report.html").exists()
+
+
 @pytest.mark.parametrize("name", ["llama-fp32", "llama-nf4", "phi-fp32"])
 def test_a_process_holds_half_of_the_layers_and_two_in_full(
     trained: tuple[dict[str, Path], str], bases: Path, name: str
@@ -202,3 +225,66 @@ def test_a_process_holds_half_of_the_layers_and_two_in_full(
         part = int((folder / "two" / f"held-{number}").read_text())
         # Norms, and NF4's padded scales, are more of so small a layer than of a real one.
         assert whole - part == pytest.approx(layers / 2 - 2 * layers / LAYERS, rel=0.15)
+
+
+ON_A_CARD = [
+    pytest.param("cuda", dtype, storage, marks=pytest.mark.gpu, id=f"cuda-{storage}-{dtype}".replace("torch.", ""))
+    for dtype, storage in ((torch.float32, "dense"), (torch.bfloat16, "dense"), (torch.bfloat16, "fp8"),
+                           (torch.bfloat16, "nf4"))
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("recompute", ["none", "full"])
+@pytest.mark.parametrize(
+    ("device", "dtype", "storage"), [pytest.param("cpu", torch.float32, "dense", id="cpu"), *ON_A_CARD]
+)
+def test_a_group_of_one_learns_what_the_whole_base_learns(
+    tmp_path: Path, device: str, dtype: torch.dtype, storage: Any, recompute: str
+) -> None:
+    """The views, their alignment and the waiting for the gathers, on whichever device there is."""
+    if device == "cuda" and not torch.cuda.is_available():
+        pytest.skip("no GPU")
+    tokenizer = tiny_tokenizer("chatml")
+    config = transformers.LlamaConfig(
+        vocab_size=len(tokenizer), hidden_size=256, intermediate_size=512, num_hidden_layers=5, num_attention_heads=4,
+        num_key_value_heads=2, bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    transformers.AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    where = torch.device(device)
+    distributed.init_process_group(
+        "nccl" if device == "cuda" else "gloo", store=distributed.HashStore(), rank=0, world_size=1
+    )
+    learnt = []
+    try:
+        for shared in (False, True):
+            base = load_base(tmp_path, dtype=dtype, device=where, storage=storage, shared=shared)
+            adapter = attach(base.model, AdapterConfig(rank=8), seed=0)
+            model = fuse(base.model, adapter, fp8_copies=1)
+            assert model is not None
+            model.graphs = None  # of which the shared base has none
+            set_recompute(model, recompute)
+            optimizer = torch.optim.AdamW(list(adapter.parameters.values()), lr=1e-2)
+            scaler = torch.amp.GradScaler(device, enabled=False)
+            losses = []
+            for step in range(3):
+                batches = pack_batches(random_records(6, len(tokenizer), seed=step), 64, 6)
+                result = train_step(
+                    model, optimizer, [batch.to(where) for batch in batches], learning_rate=1e-2, max_grad_norm=1.0,
+                    scaler=scaler,
+                )  # fmt: skip
+                losses.append(result.loss)
+            losses.append(mean_loss(model, [batch.to(where) for batch in batches]))
+            learnt.append((losses, adapter.tensors()))
+    finally:
+        distributed.destroy_process_group()
+    (losses, whole), (found, shared_one) = learnt
+    if device == "cuda":  # kernels that add in any order
+        assert found == pytest.approx(losses, rel=1e-3)
+        apart = sum(float((shared_one[name] - tensor).norm()) for name, tensor in whole.items())
+        assert apart < 1e-2 * sum(float(tensor.norm()) for tensor in whole.values())
+        return
+    assert found == losses
+    for name, tensor in whole.items():
+        assert torch.equal(shared_one[name], tensor), name

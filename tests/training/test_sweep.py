@@ -99,6 +99,47 @@ def test_the_winner_is_an_ordinary_run(recipe: Path, tmp_path: Path) -> None:
         assert 'id="search-' in (tmp_path / page).read_text()
 
 
+MIXED = """\
+base: {base}
+out: unset
+data: {{sources: [mild.csv, grave.csv], prompt: "Condition: {{note}}", answer: chapter, val: 8, test: 8}}
+balance: {{general: [general.jsonl]}}
+train: {{epochs: 1, micro_batch_size: 8, learning_rate: 1e-2, eval_every: 2, log_every: 1, precision: fp32}}
+dedup: {{near: ignore}}
+evaluate: {{bootstrap_samples: 100, forgetting: false, memorisation_items: 0}}
+"""
+
+
+def test_data_mixes_are_tried_each_on_its_own_records(tiny_base: Path, tmp_path: Path) -> None:
+    for number, name in enumerate(("mild", "grave")):
+        rows = [f"{name} note {i} of {'fever ' * (i % 5)},{('Skin', 'Blood')[(i + number) % 2]}" for i in range(32)]
+        (tmp_path / f"{name}.csv").write_text("note,chapter\n" + "\n".join(rows) + "\n")
+    general = [{"instruction": f"What is {i} + {i}?", "output": str(2 * i)} for i in range(40)]
+    (tmp_path / "general.jsonl").write_text("\n".join(map(json.dumps, general)))
+    (tmp_path / "recipe.yaml").write_text(MIXED.format(base=tiny_base))
+    ranges = {
+        "balance.sources": [{"mild.csv": 1, "grave.csv": 1}, {"mild.csv": 3, "grave.csv": 0.5}],
+        "balance.general_share": [0.1, 0.3], "train.learning_rate": [1e-2],
+    }  # fmt: skip
+    tried = ranged(tmp_path / "recipe.yaml", tmp_path / "run", ranges, halving=1)
+    sweep(tried)
+    found = table(tmp_path / "run")["trials"]
+    assert len({row["total_steps"] for row in found}) >= 3  # mixes of different sizes
+    assert not list((tmp_path / "run").glob(".sweep-*"))
+    for row in (found[0], found[-1]):
+        alone = variant(tried, row["values"]).model_copy(update={"out": str(tmp_path / f"{row['number']}")})
+        pipeline.prepare(alone)
+        pipeline.train(alone)
+        mine = tmp_path / "run" / "sweep" / "metrics" / f"trial-{row['number']:02d}.jsonl"
+        for key in ("loss", "val_loss"):
+            want = curve(tmp_path / f"{row['number']}" / "adapter" / "metrics.jsonl", key)
+            assert curve(mine, key) == pytest.approx(want, rel=1e-5)
+    records = [tmp_path / name / "dataset" / "records.parquet" for name in ("run", f"{found[0]['number']}")]
+    assert records[0].read_bytes() == records[1].read_bytes()
+    with pytest.raises(RecipeError, match="list the values"):
+        sweep(ranged(tmp_path / "recipe.yaml", tmp_path / "open", {"balance.general_share": {"min": 0, "max": 0.5}}))
+
+
 def company(base: Any, count: int) -> Together:
     fused = fuse(base.model)
     trainers = []
