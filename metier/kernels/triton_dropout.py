@@ -1,6 +1,6 @@
 """A Triton kernel for dropout on what an adapter reads, whose masks follow from keys. CUDA only; imported on first use.
 
-Equals its namesake in `metier.kernels.reference`, to the bit of each mask.
+Equals its namesake in `metier.kernels.dropout`, to the bit of each mask.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ import torch
 import triton
 import triton.language as tl
 
-from metier.kernels.reference import Dropout
+from metier.kernels.dropout import Dropout
 
 
 @triton.jit

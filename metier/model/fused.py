@@ -17,9 +17,10 @@ import torch
 from torch.utils.checkpoint import checkpoint
 
 from metier.kernels.attention import Documents, takes_flash
+from metier.kernels.dropout import Dropout
 from metier.kernels.frozen import DenseWeight, Fp8Weight, joined, stack
 from metier.kernels.loss import Head, head_losses
-from metier.kernels.reference import MAX_GROUPED_RANK, Dropout, Groups, Heads, Rotation
+from metier.kernels.reference import MAX_GROUPED_RANK, Groups, Heads, Rotation
 from metier.model.graphs import GraphedPasses
 from metier.model.layers import Layer, Part, Site, Treatment, run_layer
 from metier.model.lora import Adapter, LoRALinear, scaling_of

@@ -15,8 +15,9 @@ from torch import nn
 
 from metier.kernels import ops
 from metier.kernels.attention import Documents, attend
+from metier.kernels.dropout import Dropout
 from metier.kernels.frozen import FrozenWeight
-from metier.kernels.reference import Dropout, Groups, Heads, Rotation, Rows
+from metier.kernels.reference import Groups, Heads, Rotation, Rows
 
 Gradients = list[torch.Tensor | None]
 

@@ -24,7 +24,8 @@ from torch import nn
 
 from metier.artifacts import write_atomic, write_json
 from metier.errors import ModelError, did_you_mean
-from metier.kernels.reference import keyed_dropout, low_rank
+from metier.kernels.dropout import keyed_dropout
+from metier.kernels.reference import low_rank
 from metier.model.quantise import FrozenLinear
 from metier.model.resolve import first_line, read_json
 from metier.recipe import AdapterConfig

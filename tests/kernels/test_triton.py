@@ -13,7 +13,8 @@ import pytest
 import torch
 
 from metier.kernels import reference
-from metier.kernels.reference import Dropout, Groups, Heads, Rotation
+from metier.kernels.dropout import Dropout, drop_rows
+from metier.kernels.reference import Groups, Heads, Rotation
 from tests.kernels.bounds import close, rows_close, size_of_gradient, size_of_low
 
 IS_INTERPRETED = bool(os.environ.get("TRITON_INTERPRET"))
@@ -361,7 +362,7 @@ def test_what_drops_out_is_the_same_to_the_bit(dtype: torch.dtype, shape: tuple[
     dropout = Dropout(0.3, keys)
     for norm in ({}, {"rstd": rstd, "factor": factor}):
         got = triton_dropout.drop_rows(x, dropout, site, **norm)
-        want = reference.drop_rows(*exact(x), dropout, site, **{k: v.double() for k, v in norm.items()})
+        want = drop_rows(*exact(x), dropout, site, **{k: v.double() for k, v in norm.items()})
         assert torch.equal(got == 0, want.to(dtype) == 0)
         close(got, want, dtype)
         into = normal(*shape, dtype=dtype)
