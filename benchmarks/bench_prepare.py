@@ -1,6 +1,7 @@
 """`metier prepare` on mixed records, all steps: seconds, memory, the same bytes whoever works and whatever stops it.
 
     python benchmarks/bench_prepare.py --records 100000 --workers 1 2 [--kills 20]
+    python benchmarks/bench_prepare.py --jsonl 1000 --workers 2
 
 Records: half English (60 words from the bundled ICD-10-CM terms), half Chinese (106 characters from the bundled
 articles of law), in a CSV and a JSONL file, with a label, a person and 5 % near-duplicates; 1 % of the rows are broken,
@@ -8,6 +9,9 @@ articles of law), in a CSV and a JSONL file, with a label, a person and 5 % near
 de-identification by rules (hipaa-safe-harbor), copies, near-duplicates, groups by person, stratified split,
 oversampling, variants of two methods, domain terms, certificate. Each measurement is a run of the command line; MB is
 the largest sum over its processes, shared pages counted once (PSS).
+
+`--jsonl MB`: one JSON Lines file of so many MB (2,000 English characters a record), read alone in a process that keeps
+nothing, and prepared whole with cleaning, duplicates and certificate, without de-identification.
 """
 
 from __future__ import annotations
@@ -70,6 +74,46 @@ def write_sources(folder: Path, number: int) -> Path:
     return recipe
 
 
+READ = """
+import sys
+from metier.recipe import DataConfig
+from metier.data.sources import find_sources, read_columns, read_rows
+source = find_sources(DataConfig(sources=[sys.argv[1]]))[0]
+read_columns(source)
+print(sum(1 for _ in read_rows(source)))
+"""
+
+
+def write_jsonl(folder: Path, size: int) -> Path:
+    """A file of `size` bytes and its recipe."""
+    rng, stock, written = random.Random(0), bench_dedup.words_of("en"), 0
+    with (folder / "long.jsonl").open("w", encoding="utf-8") as file:
+        while written < size:
+            text = " ".join(rng.choices(stock, k=300))[:2000]
+            row = {"question": text, "answer": " ".join(rng.choices(stock, k=4)), "case": f"c{rng.randrange(10**6)}"}
+            written += file.write(json.dumps(row) + "\n")
+    recipe = folder / "jsonl.yaml"
+    recipe.write_text(
+        "base: none\nout: run\ndata: {sources: [long.jsonl], prompt: question, answer: answer, group_id: case}\n"
+        "privacy: {policy: none}\n"
+    )
+    return recipe
+
+
+def stream(folder: Path, megabytes: int, workers: int) -> None:
+    """Prints what reading the file alone, and preparing it, costs."""
+    recipe = write_jsonl(folder, megabytes * 10**6)
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    read = [sys.executable, "-c", READ, str(folder / "long.jsonl")]
+    print("| | MB of the file | wall s | CPU s | peak MB |\n|---|---:|---:|---:|---:|")
+    for what, begin in (
+        ("columns and rows read, nothing kept", lambda: subprocess.Popen(read, env=environment)),
+        (f"`metier prepare`, {workers} workers", lambda: start(recipe, folder / "run", workers)),
+    ):
+        wall, cpu, peak = watched(begin(), recipe)
+        print(f"| {what} | {megabytes:,} | {wall:.1f} | {cpu:.1f} | {peak:.0f} |", flush=True)
+
+
 def start(recipe: Path, out: Path, workers: int) -> subprocess.Popen[bytes]:
     """`metier prepare` with so many workers; numpy and polars use one thread each."""
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "POLARS_MAX_THREADS": str(workers), "OMP_NUM_THREADS": "1"}
@@ -100,9 +144,13 @@ def megabytes(pid: int) -> float:
 
 def measured(recipe: Path, out: Path, workers: int) -> tuple[float, float, float]:
     """(wall seconds, CPU seconds of all processes, peak MB of all together) of one whole run."""
+    return watched(start(recipe, out, workers), recipe)
+
+
+def watched(process: subprocess.Popen[bytes], recipe: Path) -> tuple[float, float, float]:
+    """The same of a process that has just begun; `recipe` has its log beside it."""
     began = time.perf_counter()
     before = os.times()
-    process = start(recipe, out, workers)
     peak = 0.0
     while process.poll() is None:
         peak = max(peak, megabytes(process.pid))
@@ -134,7 +182,7 @@ def kill(recipe: Path, folder: Path, kills: int, wall: float, workers: int) -> t
         time.sleep(2)
         left += sum(Path(f"/proc/{pid}").exists() for pid in below)
         measured(recipe, folder / f"killed{number}", workers)
-        equal += digests(folder / f"killed{number}") == digests(folder / "run1")
+        equal += digests(folder / f"killed{number}") == digests(folder / f"run{workers}")
         print(f"kill {number + 1}: {equal} equal, {left} left", flush=True)
     return equal, left
 
@@ -144,7 +192,12 @@ def main() -> None:
     parser.add_argument("--records", type=int, default=100_000)
     parser.add_argument("--workers", type=int, nargs="+", default=[1, 2])
     parser.add_argument("--kills", type=int, default=0)
+    parser.add_argument("--jsonl", type=int, default=0, metavar="MB")
     arguments = parser.parse_args()
+    if arguments.jsonl:
+        with tempfile.TemporaryDirectory() as temporary:
+            stream(Path(temporary), arguments.jsonl, arguments.workers[-1])
+        return
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
         recipe = write_sources(folder, arguments.records)

@@ -16,6 +16,8 @@ from __future__ import annotations
 import hashlib
 from collections import Counter
 from collections.abc import Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from itertools import chain
 from typing import Any
 
 import numpy as np
@@ -23,7 +25,7 @@ import numpy as np
 from metier.data.accounts import Accounts
 from metier.data.dedup import Comparison, Pair, find_pairs, without
 from metier.data.lines import Source
-from metier.data.partitions import PART, parts
+from metier.data.partitions import parts
 from metier.data.records import Record
 from metier.data.shingles import Known, Template, batches, distinct, normalise, window_hashes
 from metier.data.sources import read_rows
@@ -114,7 +116,9 @@ class Passages:
     def __init__(self, texts: Sequence[str], template: Template | None = None) -> None:
         self._template = template or Template(texts)
         found = [window_hashes(self._template.own(batch), PASSAGE_HAN, PASSAGE_OTHER)[0] for _, batch in batches(texts)]
-        self._known = Known(distinct(np.concatenate(found)) if found else np.empty(0, np.uint64))
+        hashes = np.concatenate(found) if found else np.empty(0, np.uint64)
+        del found  # it is as large again
+        self._known = Known(distinct(hashes))
 
     def shared(self, texts: Sequence[str]) -> np.ndarray[Any, np.dtype[np.bool_]]:
         """[n]: which of `texts` hold one of the passages."""
@@ -188,17 +192,12 @@ def shared_passages(records: list[Record], splits: Sequence[str], comparison: Co
     train = sorted({text for text, split in zip(texts, splits, strict=True) if split == "train"})
     if not test or not train:
         return 0
-    # Few large parts: each looks the passages of all test records up.
-    size = max(PART, -(-len(train) // comparison.workers.number))
-    shared = comparison.workers.map(sharing_part, parts(train, size), test, comparison.template)
-    candidates = [text for part in shared for text in part]
+    passages = Passages(test, comparison.template)
+    # Threads, not processes: numpy lets others work meanwhile, and the passages, 8 bytes a character, are there once.
+    with ThreadPoolExecutor(comparison.workers.number) as pool:
+        shared = list(chain.from_iterable(pool.map(passages.shared, parts(train))))
+    candidates = [text for text, is_shared in zip(train, shared, strict=True) if is_shared]
     return int(Passages(candidates, comparison.template).shared(test).sum()) if candidates else 0
-
-
-def sharing_part(train: Sequence[str], test: Sequence[str], template: Template) -> list[str]:
-    """Those of `train` that hold a passage of `test`."""
-    shared = Passages(test, template).shared(train)
-    return [text for text, is_shared in zip(train, shared, strict=True) if is_shared]
 
 
 def _keys(record: Record) -> list[tuple[str, str]]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
-from functools import cache
+from functools import cache, lru_cache
 
 from metier.data.deidentify.lexicon import alternatives, cues, word_set, words
 from metier.data.deidentify.spans import Span
@@ -168,6 +168,7 @@ def _closed(run: Run) -> Iterator[Run]:
         yield run
 
 
+@lru_cache(maxsize=2**15)
 def kind_of(word: str) -> str:
     """The kind of a capitalised word; `?` is unknown, `i` an initial, `t` a title."""
     low = word.lower()

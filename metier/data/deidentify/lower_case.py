@@ -79,13 +79,17 @@ def _pairs(text: str, found: list[re.Match[str]]) -> Iterator[Span]:
 
 def _after_cues(text: str, found: list[re.Match[str]]) -> Iterator[Span]:
     """A word that is none of the dictionary's, or a name, behind a cue: `tell unni`; both sides of `x v. y`."""
+    kinds, function = kinds_of_words(), cues("en_function")
     for word in found:
         token, start = word.group(), word.start()
-        if len(token) < 3 or token in cues("en_function") or kind_of(token.title()) not in "fl?":
+        # Most are everyday words of the dictionary: these go at once.
+        if len(token) < 3 or kinds.get(token, "?") not in "fl?" or token in function:
             continue
-        if cued(text, start) and not text.endswith("contact ", 0, start) and not head_after(text, word.end()):
+        if kind_of(token.title()) not in "fl?" or text.endswith("contact ", 0, start):
+            continue
+        if cued(text, start) and not head_after(text, word.end()):
             yield Span(start, without_s(word), "PERSON", 0.6)
-    for match in _VERSUS.finditer(text):
+    for match in _VERSUS.finditer(text) if " v" in text else ():
         if kind_of(match.group(1).title()) in "flb?" and kind_of(match.group(2).title()) in "flb?":
             yield Span(*match.span(1), "PERSON", 0.6)
             yield Span(*match.span(2), "PERSON", 0.6)
