@@ -25,6 +25,7 @@ PLANTED = 500
 SMALL_GROUP = 5
 _DIGITS = re.compile(r"\d(?:[ ./()-]{0,2}\d){6,}")
 _NUMBER = re.compile(r"[+(]{0,2}(?=[A-Za-z]{0,4}\d)[0-9A-Za-z]+(?:[ ./()-]{1,2}\d[0-9A-Za-z]*)*")
+_DATE = re.compile(r"(?:19|20)\d{2}[-/.]\d{1,2}[-/.]\d{1,2}|\d{1,2}[-/.]\d{1,2}[-/.](?:19|20)\d{2}")
 _CAPITALS = re.compile(r"(?<![A-Za-z.])([A-Z][a-z]+) [A-Z][a-z]+")
 _CARRIERS = {
     "zh": ("经办:{}。", "昨天见到{}。", "补充信息:{}\n", "({})"),
@@ -33,11 +34,11 @@ _CARRIERS = {
 
 
 def suspicions(text: str, key: bytes) -> list[tuple[int, int, str]]:
-    """(start, end, kind) in a rewritten text: digits, at, name."""
+    """(start, end, kind) in a rewritten text: digits, date (one that was shifted stays one), at, name."""
     text = fold(text)[0]
     own = [match.span() for match in LABEL.finditer(text)] + (own_names(text, key) if key else [])
     numbers = (match for match in _DIGITS.finditer(text) if not (key and _is_own(text, match, key)))
-    found = [(*match.span(), "digits") for match in numbers]
+    found = [(*match.span(), "date" if _DATE.fullmatch(match.group()) else "digits") for match in numbers]
     found += [(*match.span(), "at") for match in re.finditer(r"\S+@\S+", text)]
     found += [
         (*match.span(), "name") for match in _CAPITALS.finditer(text) if match.group(1).lower() in word_set("en_first")

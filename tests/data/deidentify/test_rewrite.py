@@ -201,3 +201,4 @@ def test_the_second_look_knows_whole_stand_ins_and_sees_real_numbers() -> None:
         made = stand_in(value, kind, policy, Context(key))
         assert made != value and suspicions(f"please call {made}.", key) == []
         assert [kind for _, _, kind in suspicions(f"please call {value}.", key)] == ["digits"]
+    assert [kind for _, _, kind in suspicions("seen on 2023-05-27.", key)] == ["date"]
