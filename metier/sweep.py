@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -89,6 +90,8 @@ def _try(
     from metier.training.sweep import sweep as sweep_stage
 
     datasets, work = _datasets(recipes, out, ui), work_folder(out / "sweep", key)
+    if recipe.scale.ray:
+        return datasets, work, _on_ray(recipe, datasets, work, ui)
     _tell_followers(recipe, (recipe, datasets, work))
     found = sweep_stage(base_of(recipe, ui), recipe, datasets=datasets, work=work, report=ui.progress, say=ui.say)
     if num_processes() > 1:
@@ -96,6 +99,19 @@ def _try(
 
         ranks.stop()
     return datasets, work, found
+
+
+def _on_ray(recipe: Recipe, datasets: dict[str, Path], work: Path, ui: Ui) -> dict[str, Any]:
+    """Trains the configurations on the cluster of `scale.ray`, whose machines load the base themselves."""
+    from metier.training.tune import sweep_on_ray
+
+    if num_processes() > 1:
+        raise RecipeError("a sweep is spread by torchrun or by `scale.ray`, not by both", hint="leave one of them out")
+    if Path(recipe.base).exists():  # workers have a folder of their own
+        recipe = recipe.model_copy(update={"base": str(Path(recipe.base).absolute())})
+    found = {key: folder.absolute() for key, folder in datasets.items()}
+    load = partial(base_of, recipe, Silent())
+    return sweep_on_ray(load, recipe, datasets=found, work=work, report=ui.progress, say=ui.say)
 
 
 def _complete(recipe: Recipe, best: Recipe, found: dict[str, Any], *, work: Path, key: str, ui: Ui) -> None:

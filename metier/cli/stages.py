@@ -172,6 +172,8 @@ def _print_counts(manifest: dict[str, Any]) -> None:
         f"{counts['rows']} rows = {counts['kept']} kept + {counts['merged']} merged + {counts['rejected']} rejected"
         + (f"; {counts['synthetic']} synthetic records for training" if counts["synthetic"] else "")
     )
+    for method, number in manifest["synthetic_by_method"].items():
+        typer.echo(f"  synthetic {number}: {method}")
     for reason, number in manifest["rejected_by_reason"].items():
         typer.echo(f"  rejected {number}: {reason}; such as {', '.join(manifest['rejected_examples'][reason])}")
     for role, found in manifest["roles"].items():

@@ -16,11 +16,26 @@ from collections.abc import Callable, Hashable
 from typing import TypeVar
 
 from metier.data.records import Record
+from metier.errors import DataError, did_you_mean
 from metier.recipe import BalanceConfig
 
 Key = TypeVar("Key", bound=Hashable)
 LEFT_OUT = "left out by balance"
 NOT_NEEDED = "not needed for balance.general_share"
+
+
+def check_balance(config: BalanceConfig, names: list[str], task: str) -> None:
+    """Raises `DataError` for a setting that would do nothing: weights of no file, classes where there are none."""
+    if unknown := [name for name in config.sources if name not in names]:
+        raise DataError(
+            f"`balance.sources`: no source is called `{unknown[0]}`{did_you_mean(unknown[0], names)}",
+            hint=f"there is {', '.join(names[:10])}",
+        )
+    if config.classes != "natural" and task != "classification":
+        raise DataError(
+            f"`balance.classes` is {config.classes}, but the answers were taken for text, not for labels",
+            hint="set `data.task: classification` if they are labels, or leave `balance.classes` out",
+        )
 
 
 def left_out(train: list[Record], config: BalanceConfig, *, task: str, seed: int) -> list[Record]:

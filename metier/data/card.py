@@ -6,10 +6,12 @@ The YAML front matter is what the Hub reads (size, languages, task, where the fi
 from __future__ import annotations
 
 import json
+import re
 from typing import Any
 
 from metier.data.deidentify.card import privacy_section, privacy_section_zh
 
+_BESIDE_HAN = re.compile(r"(?<=[\u4e00-\u9fff])[,:;()]|[,:;()](?=[\u4e00-\u9fff])")
 SIZES = ((1_000, "n<1K"), (10_000, "1K<n<10K"), (100_000, "10K<n<100K"), (1_000_000, "100K<n<1M"))
 
 
@@ -79,7 +81,12 @@ Whitespace around prompts, answers and template columns is taken off; numbers an
 written in; empty system messages are left out. {_cleaning(details["cleaning"])}
 Personal data: as said above. The licence of the sources is the concern of whoever gave them.
 """
-    return f"{english}\n{_chinese(details)}"
+    return f"{english}\n{_full_width(_chinese(details))}"
+
+
+def _full_width(text: str) -> str:
+    """Punctuation beside Chinese characters as Chinese is written."""
+    return _BESIDE_HAN.sub(lambda match: "，：；（）"[",:;()".index(match[0])], text)
 
 
 def _chinese(details: dict[str, Any]) -> str:

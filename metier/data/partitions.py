@@ -47,7 +47,7 @@ class Workers:
         self.number = min(MOST, os.cpu_count() or 1) if config.workers == "auto" else config.workers
         self._is_auto = config.workers == "auto"
         self._pool: ProcessPoolExecutor | None = None
-        self._ray = _connect(config.ray) if config.ray else None
+        self._ray = config.connect() if config.ray else None
 
     def __enter__(self) -> Workers:
         return self
@@ -119,22 +119,6 @@ class Workers:
             raise error.cause if isinstance(error.cause, MetierError) else error from None
         except ray.exceptions.RayError as error:
             raise RunError(f"the Ray cluster failed: {type(error).__name__}", hint="`ray status` shows it") from None
-
-
-def _connect(address: str) -> Any:
-    """The module `ray`, connected."""
-    try:
-        import ray
-    except ImportError:
-        raise RunError("`scale.ray` needs the package ray", hint="pip install 'metier[ray]'") from None
-    try:
-        ray.init(address=address, log_to_driver=False, logging_level="ERROR")
-    except (ConnectionError, RuntimeError, ValueError, TimeoutError):
-        raise RunError(
-            f"`scale.ray`: no Ray cluster answers at `{address}`",
-            hint="start one with `ray start --head`, or leave `scale.ray` out",
-        ) from None
-    return ray
 
 
 def _end_with_parent() -> None:

@@ -23,7 +23,7 @@ import polars
 from metier import artifacts
 from metier.data.accounts import Accounts
 from metier.data.augment import Variation, augment
-from metier.data.balance import LEFT_OUT, NOT_NEEDED, class_weights, general_excess, left_out, repeated
+from metier.data.balance import LEFT_OUT, NOT_NEEDED, check_balance, class_weights, general_excess, left_out, repeated
 from metier.data.canaries import canaries_table, plant
 from metier.data.card import data_card
 from metier.data.clean import contradictions
@@ -129,6 +129,7 @@ def _make(
     details["privacy"], review = privacy.rewrite_records(accounts.records, workers, progress)
     accounts.refuse_too_few()
     task = _task(recipe.data, [record for record in accounts.records if record.method is None])
+    check_balance(recipe.balance, [source.name for source in files.sources], task)
     if task == "classification":
         other = contradictions(accounts.records, recipe.clean.contradictions, cleaned)
         accounts.reject(other, "same prompt as a record with another label")
@@ -153,9 +154,8 @@ def _make(
     tables = {"records": table, "rejected": rejected_table(accounts.rejected)}
     tables |= {"merged": merged_table(accounts.merged), "conflicts": conflicts}
     if privacy.policy:
-        tables["subjects"] = subjects_table(
-            privacy.subjects(table.select("record_id", "source_file", "source_row").iter_rows())
-        )
+        places = [rows.select("record_id", "source_file", "source_row") for rows in (table, tables["merged"])]
+        tables["subjects"] = subjects_table(privacy.subjects(polars.concat(places).iter_rows()))
     if recipe.data.canaries:
         tables["canaries"] = canaries_table(recipe.data.canaries, seed)
         tables["records"] = plant(table, tables["canaries"])
@@ -261,7 +261,7 @@ def _describe_all(
     """The manifest's entries about rows and records."""
     counts = accounts.counts()
     task, own = comparison.task, [record for record in accounts.records if record.method is None]
-    methods = table["method"].drop_nulls().value_counts().sort("method")
+    methods = table.filter(polars.col("parent_id").is_not_null())["method"].value_counts().sort("method")
     total = {what: sum(c[what] for c in counts.values()) for what in ("rows", "kept", "merged", "rejected")}
     return {
         "counts": total | {"synthetic": int(table["parent_id"].is_not_null().sum())},
@@ -269,7 +269,7 @@ def _describe_all(
         "rejected_examples": accounts.rejected_examples(),
         "merged_by_kind": dict(sorted(Counter(item.how for item in accounts.merged).items())),
         "near_duplicate_pairs": len(accounts.pairs),
-        "synthetic_by_method": dict(methods.iter_rows()),
+        "synthetic_by_method": dict.fromkeys(recipe.augment.methods, 0) | dict(methods.iter_rows()),
         "splits": {name: int((table["split"] == name).sum()) for name in ("train", "val", "test")},
         "languages": {name: int((table["language"] == name).sum()) for name in ("zh", "en", "other")},
         "task": task,

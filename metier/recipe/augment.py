@@ -9,6 +9,7 @@ from pydantic import Field
 from metier.recipe.section import Count, Section
 
 Method = Literal["instruction", "options", "terms", "units", "typo", "width", "entities", "paraphrase"]
+NEED_DOMAIN = ("instruction", "terms", "units")
 
 
 class AugmentConfig(Section):

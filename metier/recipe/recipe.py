@@ -7,7 +7,7 @@ from typing import Any, Literal
 import yaml
 from pydantic import Field, model_validator
 
-from metier.recipe.augment import AugmentConfig
+from metier.recipe.augment import NEED_DOMAIN, AugmentConfig
 from metier.recipe.balance import BalanceConfig
 from metier.recipe.clean import CleanConfig
 from metier.recipe.data import DataConfig
@@ -61,6 +61,11 @@ class Recipe(Section):
         peak = self.train.learning_rate
         if peak != "auto" and self.train.min_learning_rate > peak:
             raise ValueError("train.min_learning_rate is above train.learning_rate, where the cosine starts")
+        needy = [method for method in self.augment.methods if method in NEED_DOMAIN]
+        if needy and self.domain is None:
+            raise ValueError(
+                f"augment.methods: {needy[0]} takes its wordings, terms and units from a `domain`; name one"
+            )
         return self
 
     def to_yaml(self) -> str:

@@ -31,7 +31,7 @@ from metier.serving.targets import Form, Plan, Source, choose_forms
 Say = Callable[[str], None]
 DTYPES = {"f32": torch.float32, "f16": torch.float16, "bf16": torch.bfloat16}
 # Raised when what is written, or how it is checked, changes: exports made before are then made anew.
-EXPORT = 1
+EXPORT = 2
 
 
 def _quiet(text: str) -> None:
@@ -127,6 +127,7 @@ def write_form(folder: Path, form: Form, reference: Specialist, source: Source) 
             dtype = DTYPES[form.storage]
             state = {weight.name: weight.value.to(dtype) for weight in merged_weights(reference)}
             save_weights(reference.base.model, state, path)
+            _state_rotary_base_twice(path)
             _save_tokenizer(path, reference)
         elif form.kind == "gguf":
             gguf_weights.write_model(path, merged_weights(reference), reference, form=form.storage, name=name)
@@ -260,6 +261,19 @@ def _base_parameters(reference: Specialist) -> list[torch.Tensor]:
     trained = {id(p): base for p, base in (reference.adapter.biases.values() if reference.adapter else ())}
     named = reference.base.model.named_parameters()
     return [trained.get(id(p), p) for name, p in named if not name.endswith((".lora_a", ".lora_b"))]
+
+
+def _state_rotary_base_twice(folder: Path) -> None:
+    """Writes `rope_theta` and `rope_scaling` beside `rope_parameters`, the name since transformers 5.
+
+    Other readers (mlx-lm 0.32) know the old names alone, and take a base of 10,000 where they find none: the model
+    loads, answers, and is not the one that was measured.
+    """
+    entries = read_json(folder / "config.json")
+    rope = dict(entries.get("rope_parameters") or {})
+    if theta := rope.pop("rope_theta", None):
+        scaling = rope if rope.get("rope_type", "default") != "default" else None
+        artifacts.write_json(folder / "config.json", {**entries, "rope_theta": theta, "rope_scaling": scaling})
 
 
 def _restore_rotary_scaling(folder: Path, path: Path, config: Any) -> None:

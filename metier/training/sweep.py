@@ -87,7 +87,7 @@ class Sweep:
         self.ground.base.model.train()
         self._fill()
         while self.running:
-            events = self._round()
+            events = self.advance()
             self._apply([event for each in ranks.from_everyone(events) for event in each])
             self._fill()
             self.seconds = before + time.perf_counter() - started
@@ -99,7 +99,7 @@ class Sweep:
                 return True
         return False
 
-    def _round(self) -> list[dict[str, Any]]:
+    def advance(self) -> list[dict[str, Any]]:
         """One step of every member here; what is to be told of it."""
         events = []
         rates = [member.trainer.learning_rate for member in self.members]
@@ -122,25 +122,9 @@ class Sweep:
 
     def _apply(self, events: list[dict[str, Any]]) -> None:
         """What every process decides alike, in the order of the configurations' numbers."""
-        events.sort(key=lambda event: int(event["number"]))
-        stopped = set()
-        for rung in range(self.search.num_rungs):
-            here = {e["number"]: e["loss"] for e in events if e["what"] == "rung" and e["rung"] == rung}
-            stopped |= self.search.compare(rung, here) if here else set()
-        ended = set()
-        for event in events:
-            number, what, row = event["number"], event["what"], event["row"]
-            if what == "rung" and number not in stopped:
-                continue
-            self.search.tell(number, row["state"], row["val_loss"])
-            self.rows[number] = row
+        ended = decide(self.search, self.rows, events, self.ground.say)
+        for number in ended:
             del self.running[number]
-            ended.add(number)
-            loss = "-" if row["val_loss"] is None else f"{row['val_loss']:.4f}"
-            self.ground.say(
-                f"{label(number, row['values'])}: {row['state']} after {row['steps']} of {row['total_steps']} steps, "
-                f"loss on the val split {loss}"
-            )
         for member in [m for m in self.members if m.number in ended]:
             member.metrics.close()
             self.members.remove(member)
@@ -223,6 +207,34 @@ class Sweep:
         return True
 
 
+def decide(
+    search: Search, rows: dict[int, dict[str, Any]], events: list[dict[str, Any]], say: Callable[[str], None]
+) -> set[int]:  # fmt: skip
+    """Tells `search` of `events`, in the order of the configurations' numbers; which have ended, now with their rows.
+
+    Those that stand at the same rung in `events` are compared with each other.
+    """
+    events.sort(key=lambda event: int(event["number"]))
+    stopped = set()
+    for rung in range(search.num_rungs):
+        here = {e["number"]: e["loss"] for e in events if e["what"] == "rung" and e["rung"] == rung}
+        stopped |= search.compare(rung, here) if here else set()
+    ended = set()
+    for event in events:
+        number, what, row = event["number"], event["what"], event["row"]
+        if what == "rung" and number not in stopped:
+            continue
+        search.tell(number, row["state"], row["val_loss"])
+        rows[number] = row
+        ended.add(number)
+        loss = "-" if row["val_loss"] is None else f"{row['val_loss']:.4f}"
+        say(
+            f"{label(number, row['values'])}: {row['state']} after {row['steps']} of {row['total_steps']} steps, "
+            f"loss on the val split {loss}"
+        )
+    return ended
+
+
 def sweep(
     base: Base, recipe: Recipe, *, datasets: Mapping[str, Path], work: Path, report: Report,
     say: Callable[[str], None],
@@ -253,23 +265,22 @@ def sweep(
             number = stop.signal_number or signal.SIGTERM
             raise Interrupted(number, f"stopped after round {running.round}, which is saved; run again to go on")
         running.save()
-    return outcome(running)
+    return outcome(running.search, running.rows, seed=recipe.seed, seconds=running.seconds)
 
 
-def outcome(running: Sweep) -> dict[str, Any]:
+def outcome(search: Search, found: dict[int, dict[str, Any]], *, seed: int, seconds: float) -> dict[str, Any]:
     """The table, best first, and how it came about. Raises `RunError` where nothing can be chosen."""
-    rows = sorted(running.rows.values(), key=lambda row: (row["state"] != "complete", row["val_loss"] is None,
-                                                          row["val_loss"] or 0.0, row["number"]))  # fmt: skip
+    rows = sorted(found.values(), key=lambda row: (row["state"] != "complete", row["val_loss"] is None,
+                                                   row["val_loss"] or 0.0, row["number"]))  # fmt: skip
     if not rows or rows[0]["state"] != "complete":
         raise RunError(
             f"none of {len(rows)} configurations ended with a finite loss on the val split",
             hint="lower the learning rates in `sweep.ranges`",
         )
-    search = running.search
     return {
         "method": search.method, "num_trials": search.num_trials, "halving": search.config.halving,
-        "rungs": search.rungs, "winner": rows[0]["number"], "trials": rows, "seed": running.ground.recipe.seed,
-        "seconds": round(running.seconds, 3),
+        "rungs": search.rungs, "winner": rows[0]["number"], "trials": rows, "seed": seed,
+        "seconds": round(seconds, 3),
     }  # fmt: skip
 
 
@@ -315,6 +326,7 @@ def complete_sweep(work: Path, found: dict[str, Any], *, recipe: Recipe, out: Pa
     for path in work.iterdir():
         if path.is_dir() and path.name != "metrics":
             shutil.rmtree(path)
+    (work / "generations.json").unlink(missing_ok=True)  # of a sweep on a cluster
     details = {name: value for name, value in found.items() if name != "trials"}
     return complete(
         work, out, kind="sweep", key=key, started=time.time() - found["seconds"], parents={},

@@ -19,6 +19,7 @@ from metier.data.prepare import prepare
 from metier.data.records import Record
 from metier.data.terms import Span, find_terms
 from metier.domains import load_domain
+from metier.errors import DataError
 from metier.recipe import AugmentConfig, BalanceConfig, DataConfig, Recipe
 from metier.training.train import read_weights
 
@@ -190,3 +191,36 @@ def test_a_variant_differs_from_its_parent_in_the_prompt_alone(method: Any) -> N
         assert variant.answer == parent.answer or method == "options"
         assert variant.messages[0]["content"] == variant.prompt and variant.group_id == parent.group_id
     assert made, "the method never applied"
+
+
+@pytest.mark.parametrize(
+    ("sections", "sentence"),
+    [
+        ({"balance": {"sources": {"b.jsonl": 2.0}}}, "no source is called `b.jsonl` .did you mean `a.jsonl`"),
+        ({"balance": {"classes": "weight"}, "data": {"task": "generation"}}, "the answers were taken for text"),
+    ],
+)
+def test_a_balance_that_would_do_nothing_is_a_sentence(tmp_path: Path, sections: Any, sentence: str) -> None:
+    rows = [{"text": f"t {i} {i * 7919 % 997}", "label": "ab"[i % 2]} for i in range(40)]
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    data = {"sources": [str(tmp_path / "a.jsonl")], **sections.pop("data", {})}
+    recipe = Recipe.model_validate({"base": "none", "out": "none", "data": data, **sections})
+    with pytest.raises(DataError, match=sentence):
+        prepare(recipe, out=tmp_path / "dataset", progress=lambda line: None)
+
+
+def test_a_method_that_needs_a_domain_asks_for_it() -> None:
+    with pytest.raises(ValueError, match="units takes its wordings"):
+        Recipe.model_validate({"base": "b", "out": "o", "data": {"sources": ["a"]}, "augment": {"methods": ["units"]}})
+
+
+def test_a_method_that_made_nothing_is_counted_and_general_records_are_not_synthetic(tmp_path: Path) -> None:
+    rows = [{"text": f"t {i} {i * 7919 % 997}", "label": "ab"[i % 2]} for i in range(60)]
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    general = [{"instruction": f"Say {i}.", "output": f"{i}"} for i in range(10)]
+    (tmp_path / "general.jsonl").write_text("".join(json.dumps(row) + "\n" for row in general))
+    values = {"data": {"sources": [str(tmp_path / "a.jsonl")]}, "augment": {"methods": ["options"]}}
+    values |= {"balance": {"general": [str(tmp_path / "general.jsonl")]}}
+    recipe = Recipe.model_validate({"base": "none", "out": "none", **values})
+    manifest = prepare(recipe, out=tmp_path / "dataset", progress=lambda line: None)
+    assert manifest["synthetic_by_method"] == {"options": 0} and manifest["counts"]["synthetic"] == 0

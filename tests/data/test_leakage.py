@@ -55,6 +55,16 @@ def noise(number: int, seed: int, share: float = 0.5) -> list[dict[str, str]]:
     ]
 
 
+def oversampled_first(rows: list[dict[str, str]]) -> polars.DataFrame:
+    """Rare rows four times, and the split drawn row by row after that."""
+    leaky = []
+    for i, row in enumerate([*rows, *[row for row in rows if row["label"] == "a"] * 3]):
+        messages = [{"role": "user", "content": row["text"]}, {"role": "assistant", "content": row["label"]}]
+        split = "test" if random.Random(i).random() < 0.25 else "train"
+        leaky.append({"split": split, "messages": messages, "label": row["label"]})
+    return polars.DataFrame(leaky)
+
+
 @pytest.mark.parametrize("seed", [0, 1])
 def test_oversampling_does_not_leak(tmp_path: Path, seed: int) -> None:
     rows = noise(1200, seed, share=0.2)
@@ -63,13 +73,7 @@ def test_oversampling_does_not_leak(tmp_path: Path, seed: int) -> None:
     assert counts.max() < 1.1 * counts.min() and manifest["counts"]["synthetic"] > 300
     assert abs(score(table, nearest()) - 0.5) < 0.1
     # Where a row is drawn first and the split comes after, the same data scores near 1.
-    rare = [row for row in rows if row["label"] == "a"]
-    leaky = []
-    for i, row in enumerate([*rows, *rare * 3]):
-        messages = [{"role": "user", "content": row["text"]}, {"role": "assistant", "content": row["label"]}]
-        split = "test" if random.Random(i).random() < 0.25 else "train"
-        leaky.append({"split": split, "messages": messages, "label": row["label"]})
-    assert score(polars.DataFrame(leaky), nearest()) > 0.85
+    assert score(oversampled_first(rows), nearest()) > 0.85
 
 
 def with_near_duplicates(seed: int) -> list[dict[str, str]]:

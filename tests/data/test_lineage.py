@@ -201,3 +201,19 @@ def test_a_prepared_run_is_verified_as_far_as_it_is(tmp_path: Path, monkeypatch:
     adapter_of(run)
     (run / "adapter" / "revoked.json").write_text("[]")
     assert "was forgotten; `metier run` trains anew" in CliRunner().invoke(app, ["verify", str(run)]).output
+
+
+def test_a_person_whose_row_became_another_persons_record_is_found(tmp_path: Path, monkeypatch: Any) -> None:
+    (tmp_path / "key").write_text(KEY.hex())
+    monkeypatch.setenv("METIER_KEY_FILE", str(tmp_path / "key"))
+    notes = [f"note {i} about a cough in ward {i * 7919 % 997}" for i in range(40)]
+    rows = [{"text": f"{note}, phone 415-555-{1000 + i}", "label": "ab"[i % 2]} for i, note in enumerate(notes)]
+    rows.append({"text": f"{notes[3]}, phone 415-555-7777", "label": "b"})
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    text = {"base": "none", "out": str(tmp_path / "run"), "data": {"sources": ["a.jsonl"]}}
+    text |= {"dedup": {"near": "ignore"}, "privacy": {"policy": "hipaa-safe-harbor"}}
+    (tmp_path / "r.yaml").write_text(json.dumps(text))
+    pipeline.prepare(load_recipe(tmp_path / "r.yaml"))
+    found = trace("415-555-7777", tmp_path / "run", KEY)
+    assert found.records["source_row"].to_list() == [4] and found.merged["source_row"].to_list() == [41]
+    assert trace("415-555-1003", tmp_path / "run", KEY).records["source_row"].to_list() == [4]

@@ -265,7 +265,7 @@ def test_the_card_reconciles_with_the_manifest(tmp_path: Path) -> None:
     front = card.split("---\n")[1]
     assert 'language: ["en"]' in front and "task_categories: [text-classification]" in front
     assert "43 source rows: 40 kept as records, 0 merged into others, 3 rejected" in card
-    assert "源数据共 43 行:保留 40 条记录,合并重复 0 行,拒绝 3 行" in card
+    assert "源数据共 43 行：保留 40 条记录，合并重复 0 行，拒绝 3 行" in card
     assert "| answer is empty | 2 |" in card and "| 1 field, expected 2 | 1 |" in card
     assert "| a\\|b.csv | csv | 43 | 40 | 0 | 3 |" in card and "| prompt | Classify: {text} |" in card
     assert "named in the recipe" in card and "text 1" not in card

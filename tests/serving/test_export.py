@@ -65,6 +65,14 @@ def test_the_merged_folder_loads_in_plain_transformers(run: Path, tmp_path: Path
     assert torch.allclose(logits(model.float(), ids), logits(ours.base.model, ids), atol=0.05)
 
 
+def test_readers_of_the_old_names_find_the_rotary_base_too(tmp_path: Path) -> None:
+    folder = export(tiny_run(tmp_path, "llama3", rank=4), "merged", out=tmp_path / "merged")
+    entries = json.loads((folder / "config.json").read_text())
+    assert entries["rope_theta"] == 500_000.0 and entries["rope_scaling"]["factor"] == 8.0
+    both = transformers.AutoConfig.from_pretrained(folder).rope_parameters
+    assert both == entries["rope_parameters"]
+
+
 def test_an_export_is_made_once(run: Path, tmp_path: Path) -> None:
     first = export(run, "adapter", out=tmp_path / "adapter")
     before = (first / "manifest.json").stat().st_mtime_ns

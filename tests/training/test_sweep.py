@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import os
 import signal
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +14,7 @@ import pytest
 import torch
 
 from metier import pipeline
-from metier.errors import Interrupted, MetierError, RecipeError
+from metier.errors import Interrupted, MetierError, RecipeError, RunError
 from metier.model.fused import fuse
 from metier.model.load import load_base
 from metier.model.lora import new_adapter
@@ -195,6 +197,11 @@ def test_memory_that_runs_out_in_one_update_lets_every_adapter_step_once(tiny_ba
         weights.append([trainer.adapter.tensors() for trainer in together.trainers])
     for clean, beside in zip(*weights, strict=True):
         assert all(torch.equal(clean[name], beside[name]) for name in clean)
+    left += [True, True]  # for good: a sentence, and still nobody has stepped twice
+    with pytest.raises(RunError, match="out of memory in the optimizer's step"):
+        together.round()
+    steps = [int(next(iter(t.optimizer.state.values()))["step"]) for t in together.trainers]
+    assert steps == [4, 4, 3, 3]
 
 
 def test_a_diverged_configuration_leaves_and_the_sweep_goes_on(recipe: Path, tmp_path: Path) -> None:
@@ -237,6 +244,30 @@ def test_a_stopped_sweep_ends_with_the_same_table(recipe: Path, tmp_path: Path) 
     assert table(tmp_path / "stopped") == table(tmp_path / "whole")
     weights = "adapter/adapter_model.safetensors"
     assert (tmp_path / "stopped" / weights).read_bytes() == (tmp_path / "whole" / weights).read_bytes()
+
+
+def test_a_ray_cluster_of_two_nodes_ends_with_the_same_table(recipe: Path, tmp_path: Path) -> None:
+    pytest.importorskip("ray.tune", reason="the extra `ray` is not installed")
+    ranges: dict[str, Any] = {"adapter.rank": [2, 8], "train.learning_rate": [1e-3, 3e-2]}
+    sweep(ranged(recipe, tmp_path / "here", ranges, halving=2))
+    searched = recipe.with_name("ray.yaml")
+    searched.write_text(recipe.read_text() + f"sweep: {json.dumps({'ranges': ranges, 'halving': 2})}\n")
+    code = (
+        "import sys\nfrom ray.cluster_utils import Cluster\nfrom metier.cli import main\n"
+        "cluster = Cluster(initialize_head=True, head_node_args={'num_cpus': 1, 'include_dashboard': False})\n"
+        "cluster.add_node(num_cpus=1)\n"
+        "sys.argv += ['--set', f'scale.ray={cluster.address}']\n"
+        "try:\n    main()\nfinally:\n    cluster.shutdown()\n"
+    )
+    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[2])}
+    done = subprocess.run([sys.executable, "-c", code, "sweep", str(searched), "--out", str(tmp_path / "there")],
+                          env=environment, capture_output=True, text=True)  # fmt: skip
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
+    here, there = table(tmp_path / "here"), table(tmp_path / "there")
+    assert [row["number"] for row in there["trials"]] == [row["number"] for row in here["trials"]]
+    for mine, theirs in zip(here["trials"], there["trials"], strict=True):
+        assert theirs.pop("val_loss") == pytest.approx(mine.pop("val_loss"), rel=1e-5)
+        assert theirs == mine
 
 
 def test_the_search_replayed_decides_alike() -> None:
