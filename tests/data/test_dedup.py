@@ -5,13 +5,14 @@ from __future__ import annotations
 import random
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from metier.data.dedup import Comparison, find_pairs, join_groups, merge_exact, merge_near
 from metier.data.lines import Row, Source
 from metier.data.minhash import near_duplicates
 from metier.data.records import Record
-from metier.data.shingles import normalise, shingle_hashes
+from metier.data.shingles import Known, normalise, shingle_hashes
 
 SOURCE = Source(Path("a.csv"), "a.csv", "csv", is_test=False)
 TEST = Source(Path("t.csv"), "t.csv", "csv", is_test=True)
@@ -146,3 +147,10 @@ def test_what_the_template_gave_to_all_is_not_compared() -> None:
     assert Comparison(records, "classification").texts(records) == ["asthma", "gout", "flu"]
     same = [record(i, "the same") for i in range(3)]
     assert Comparison(same, "classification").texts(same) == ["", "", ""]
+
+
+@pytest.mark.parametrize("size", [0, 1, 1000, 300_000])
+def test_a_set_of_hashes_holds_what_was_put_in_and_nothing_else(size: int) -> None:
+    numbers = np.random.default_rng(size).integers(0, 2**64, size + 5000, dtype=np.uint64)
+    known, asked = np.unique(numbers[:size]), numbers[size // 2 :]
+    assert Known(known).places(asked).tolist() == np.flatnonzero(np.isin(asked, known)).tolist()
