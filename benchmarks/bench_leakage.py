@@ -20,6 +20,7 @@ import sys
 import tempfile
 import time
 from pathlib import Path
+from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
@@ -29,44 +30,43 @@ from tests.data import test_leakage as experiments
 
 ROOT = Path(__file__).parents[1]
 SEEDS = range(50)
+BY_PATIENT, BY_ROW = {"group_id": "patient"}, {"group_id": "none"}
+
+
+EXPERIMENTS = (
+    "rare labels oversampled, then split; split, then oversampled (1,200 records)",
+    "one in two has a near-duplicate; split by row; by groups (1,200 records)",
+    "the label is the patient's; split by row; by patient (60 patients, 900 records)",
+)
 
 
 def at_chance() -> str:
     """Rows of a table: what each experiment scores as usually done, and with metier's split."""
     from sklearn.linear_model import LogisticRegression
 
-    scores: dict[str, tuple[list[float], list[float]]] = {}
+    models = (experiments.nearest, experiments.nearest, LogisticRegression)
+    leaky: list[list[float]] = [[] for _ in EXPERIMENTS]
+    ours: list[list[float]] = [[] for _ in EXPERIMENTS]
     for seed in SEEDS:
-        with tempfile.TemporaryDirectory() as name:
-            folder = Path(name)
-            noise = experiments.noise(1200, seed, share=0.2)
-            near, notes = experiments.with_near_duplicates(seed), experiments.of_patients(seed)
-            nearest, linear = experiments.nearest, LogisticRegression
-            make = experiments.make
-            for what, leaky, ours, model in (
-                (
-                    "rare labels oversampled, then split; split, then oversampled (1,200 records)",
-                    experiments.oversampled_first(noise),
-                    make(folder / "a", noise, balance={"classes": "oversample"})[1],
-                    nearest,
-                ),
-                (
-                    "one in two has a near-duplicate; split by row; by groups (1,200 records)",
-                    make(folder / "b", near, dedup={"near": "ignore"})[1],
-                    make(folder / "c", near)[1],
-                    nearest,
-                ),
-                (
-                    "the label is the patient's; split by row; by patient (60 patients, 900 records)",
-                    make(folder / "d", notes, data={"group_id": "none"})[1],
-                    make(folder / "e", notes, data={"group_id": "patient"})[1],
-                    linear,
-                ),
-            ):
-                found = scores.setdefault(what, ([], []))
-                found[0].append(experiments.score(leaky, model()))
-                found[1].append(experiments.score(ours, model()))
-    return "\n".join(f"| {what} | {_mean(leaky)} | {_mean(ours)} |" for what, (leaky, ours) in scores.items())
+        noise = experiments.noise(1200, seed, share=0.2)
+        near, notes = experiments.with_near_duplicates(seed), experiments.of_patients(seed)
+        tables = [_made(noise, balance={"classes": "oversample"}), _made(near), _made(notes, data=BY_PATIENT)]
+        for scores, table, model in zip(ours, tables, models, strict=True):
+            scores.append(experiments.score(table, model()))
+        tables = [
+            experiments.oversampled_first(noise),
+            _made(near, dedup={"near": "ignore"}),
+            _made(notes, data=BY_ROW),
+        ]
+        for scores, table, model in zip(leaky, tables, models, strict=True):
+            scores.append(experiments.score(table, model()))
+    found = zip(EXPERIMENTS, leaky, ours, strict=True)
+    return "\n".join(f"| {what} | {_mean(usual)} | {_mean(own)} |" for what, usual, own in found)
+
+
+def _made(rows: list[dict[str, str]], **sections: Any) -> Any:
+    with tempfile.TemporaryDirectory() as folder:
+        return experiments.make(Path(folder), rows, **sections)[1]
 
 
 def _mean(values: list[float]) -> str:
