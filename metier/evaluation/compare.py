@@ -146,9 +146,9 @@ def power(
 
     `is_exact`: p is McNemar's exact one, which asks for one changed answer more than its normal approximation.
     """
-    if metric.is_proportion:
+    if metric.is_proportion or not standard_error:
         # Without a single changed answer the bootstrap sees no spread; one unseen one may be there.
-        standard_error = max(standard_error, (1 / (n + 1) / n) ** 0.5)
+        standard_error = max(standard_error, (metric.scale or 0.0) * (1 / (n + 1) / n) ** 0.5)
     step = 1.0 if is_exact else 0.0
     mde = POWER_FACTOR * standard_error + step / n
     if metric.scale is None:

@@ -13,7 +13,7 @@ import importlib.metadata
 import json
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,8 @@ from metier import artifacts
 from metier.errors import MetierError, RunError
 from metier.evaluation.card import render_card
 from metier.evaluation.evaluate import read_tables
-from metier.evaluation.judge import SCHEMA, Asked, judge
+from metier.evaluation.items import items_table, read_answers, read_items
+from metier.evaluation.judge import OTHERS, SCHEMA, Asked, judge
 from metier.evaluation.own_probes import COPY, read_own
 from metier.evaluation.report import Run, pages, read_run
 from metier.recipe import EvaluateConfig
@@ -66,6 +67,8 @@ def verify(run: Path, head: str | None = None) -> Verification:
         missing = " and ".join(stage for stage in artifacts.STAGES if stage not in made)
         found.checks.append(f"no more: there is no {missing} yet")
     elif not any(p.startswith(("dataset/", "evidence/", "adapter/")) for p in found.problems):
+        found.checks.append("items.parquet: what follows from the records and from other columns")
+        found.problems += _check_items(run)
         found.checks.append("evidence.json: every number, from the per-item answers")
         found.problems += _check_evidence(run)
         found.checks.append("report and model card: every byte, from the evidence")
@@ -186,6 +189,24 @@ def _check_evidence(run: Path) -> list[str]:
         return [f"evidence/evidence.json: cannot be made again ({type(error).__name__})"]
     found = [f"evidence/evidence.json: {d}" for d in differences(stored, made)]
     return found[:SHOWN] + ([f"evidence/evidence.json: {len(found) - SHOWN} more"] if len(found) > SHOWN else [])
+
+
+def _check_items(run: Path) -> list[str]:
+    """Columns that do not follow: references and languages from the records, right or wrong and labels from answers."""
+    table, _ = read_tables(run / "evidence")
+    test = {i.record_id: i for i in read_items(run / "dataset", "test")}
+    labels = (artifacts.read_manifest(run / "dataset") or {})["labels"]
+    unknown = set(table["record_id"]) - test.keys()
+    if unknown:
+        return [f"evidence/items.parquet: {len(unknown)} records are not in the test split"]
+    sides = {n: read_answers(table, n) for n in ("base", "adapter", *OTHERS) if f"{n}_nll" in table.columns}
+    for name, side in sides.items():
+        if side.label_scores is not None:
+            sides[name] = replace(side, labels=[labels[k] for k in side.label_scores.argmax(axis=1)])
+    few_shot = None if table["few_shot_answer"].null_count() else table["few_shot_answer"].to_list()
+    made = items_table([test[record_id] for record_id in table["record_id"]], sides, few_shot)
+    wrong = [n for n in made.columns if n not in table.columns or made[n].to_list() != table[n].to_list()]
+    return [f"evidence/items.parquet: `{name}` does not follow from records and answers" for name in wrong]
 
 
 def _check_pages(run: Path) -> list[str]:

@@ -221,11 +221,11 @@ def rotate(
     qkv, low, up = _narrow(qkv, low, up, heads)
     options = _head_options(out, low, up, heads, rotation)
     # Measured at 2,048 and 8,192 rows of 12,288 columns on an H100: 32 rows, 8 heads.
-    options["BM"] = 32
+    options |= {"BM": 32, "STAGES": 1 if out.dtype == torch.float32 else 3}
     shares = cut(out, options["BM"], groups)
     _rotate[(triton.cdiv(options.pop("num_heads"), HEADS_EACH), shares.total)](
         *_head_inputs(qkv, low, up, rotation, out), shares.bounds, out, out.shape[0], out.shape[1],
-        *_head_sizes(up, heads, rotation), shares.each, GROUPED=shares.is_grouped, HEADS=HEADS_EACH, STAGES=3,
+        *_head_sizes(up, heads, rotation), shares.each, GROUPED=shares.is_grouped, HEADS=HEADS_EACH,
         **options,
     )  # fmt: skip
     q, k, v = out.tensor_split(list(heads.ends[:2]), dim=1)

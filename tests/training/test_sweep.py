@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from metier import pipeline
-from metier.errors import Interrupted, MetierError, RecipeError
+from metier.errors import Interrupted, MetierError, RecipeError, RunError
 from metier.model.fused import fuse
 from metier.model.load import load_base
 from metier.model.lora import new_adapter
@@ -195,6 +195,11 @@ def test_memory_that_runs_out_in_one_update_lets_every_adapter_step_once(tiny_ba
         weights.append([trainer.adapter.tensors() for trainer in together.trainers])
     for clean, beside in zip(*weights, strict=True):
         assert all(torch.equal(clean[name], beside[name]) for name in clean)
+    left += [True, True]  # for good: a sentence, and still nobody has stepped twice
+    with pytest.raises(RunError, match="out of memory in the optimizer's step"):
+        together.round()
+    steps = [int(next(iter(t.optimizer.state.values()))["step"]) for t in together.trainers]
+    assert steps == [4, 4, 3, 3]
 
 
 def test_a_diverged_configuration_leaves_and_the_sweep_goes_on(recipe: Path, tmp_path: Path) -> None:

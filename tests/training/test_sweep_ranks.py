@@ -18,7 +18,7 @@ from tests.training.notes import write_project
 from tests.training.test_ranks import ADAPTER, ROOT, free_port
 from tests.training.test_sweep import RECIPE, curve, table
 
-# Four of six at a time, so that some join as others leave; with dropout they take the generic path.
+# Four of six at a time, so that some join as others leave.
 RANGES = """\
 sweep:
   halving: 2

@@ -294,7 +294,7 @@ def planted(monkeypatch: pytest.MonkeyPatch) -> dict[int, str]:
     return where
 
 
-@pytest.mark.parametrize("dropout", [0.0, 0.2])  # the fused path and the generic one
+@pytest.mark.parametrize("dropout", [0.0, 0.2])
 def test_a_planted_nan_is_skipped_counted_and_said_and_three_in_a_row_leave_a_run_that_goes_on(
     recipe: Path, tmp_path: Path, planted: dict[int, str], dropout: float
 ) -> None:

@@ -16,7 +16,7 @@ from metier.data.deidentify.lexicon import cues, words
 from metier.data.deidentify.spans import Span
 
 _L = LETTER
-_CAP = rf"[{CAPITAL}][{_L}'.-]*"
+_CAP = rf"(?!(?:SSN|MRN|DOB|NPI|MBI|VIN|DEA|DL|ID|PIN|IP|TEL|FAX|IBAN|ISIN|ICD|CPT)\b)[{CAPITAL}][{_L}'.-]*"
 _DIGIT = re.compile(r"\d")
 _NUMBER = r"(?:No\.? ?|#)?\d{1,6}(?:[A-Za-z]\b|[-/]\d{1,4}[A-Za-z]?)?"
 _UNIT = (

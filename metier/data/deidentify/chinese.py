@@ -251,9 +251,10 @@ def _title_points(text: str, start: int, size: int, word_at: list[WordAt]) -> fl
     if not title or surname in cues("zh_no_surname_before_title"):
         return -9.0
     word_start, word, _ = word_at[start]
-    if word_start < start or (len(word) > size and word[size:] != title[: len(word) - size]):
+    led = len(title) > 1 and text[max(0, start - 1) : start] in tuple("由请跟找让给叫问")  # 由庞主任接诊
+    if not led and (word_start < start or (len(word) > size and word[size:] != title[: len(word) - size])):
         return -9.0
-    left = _left(text, start, word_at)
+    left = "cue" if led else _left(text, start, word_at)
     if len(title) == 1 and _right(text, start + size + 1, word_at) == "none" and left in ("none", "noun"):
         return -9.0
     return 4.0 if surname not in _rare() or left in ("cue", "edge") else MIN_POINTS - 1

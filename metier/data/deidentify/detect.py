@@ -16,9 +16,9 @@ from metier.data.deidentify.chinese_places import find_organisations, find_place
 from metier.data.deidentify.english import LETTER, companions, find_english
 from metier.data.deidentify.english_places import find_english_places
 from metier.data.deidentify.lower_case import find_lower_case
-from metier.data.deidentify.models import plausible
+from metier.data.deidentify.models import find_with_models, plausible
+from metier.data.deidentify.other_scripts import find_other_scripts
 from metier.data.deidentify.patterns import LABEL, find_patterns
-from metier.data.deidentify.rampart import find_rampart
 from metier.data.deidentify.spans import Span, fold, resolve, unfold
 
 MIN_SCORE = 0.5
@@ -40,7 +40,7 @@ def detect(text: str, language: str = "auto", more: Sequence[str] = ()) -> list[
     """Spans in `text`, in order, without overlap, each with a score of at least 0.5.
 
     `language` is zh, en or auto (by the letters in it; a text with both is read as both). `more` names recognizers
-    beside the rules: `rampart`.
+    beside the rules: `rampart`, `presidio`, `presidio:SPACY_MODEL`, `gliner:FOLDER`.
     """
     return detect_together([text], language, more)[0]
 
@@ -94,17 +94,21 @@ def _parts(text: str) -> Iterator[tuple[int, str]]:
 
 def _read(text: str, zh: bool, en: bool, more: Sequence[str]) -> tuple[list[Span], list[tuple[int, int]]]:
     spans, protected = find_patterns(text, "both" if zh and en else "zh" if zh else "en")
+    latin = en and _LATIN.search(text) is not None
+    marked = find_with_models(text, more, latin=latin) if more else []
     if zh and _HAN.search(text):
         names, terms, cut = find_chinese_names(text)
         found = [*names, *find_places(text), *find_organisations(text, cut)]
+        found += [s for s in marked if _HAN.search(text, s.start, s.end)]
         spans += [s for s in found if s.score >= 0.9 or not _touches(s, terms)]
-    if en and _LATIN.search(text):
+    if latin:
         words = _NO_WORD.sub(lambda match: "x" * len(match.group()), text)
         found, terms = find_english(words)
         found += [*find_lower_case(words), *find_english_places(words)]
-        found += plausible(text, find_rampart(text)) if "rampart" in more else []
+        found += plausible(text, (s for s in marked if not _HAN.search(text, s.start, s.end)))
         spans += [s for s in found if s.score >= 0.9 or s.entity_type not in NAMED or not _inside(s, terms)]
         spans += find_addresses(words)
+    spans += find_other_scripts(text)
     if "[" in text:
         protected += [match.span() for match in LABEL.finditer(text)]
     return spans, protected

@@ -9,7 +9,7 @@ import re
 from collections.abc import Iterator
 from functools import cache
 
-from metier.data.deidentify.english import HAS_CAPITAL, LETTER, kind_of
+from metier.data.deidentify.english import CAPITAL, HAS_CAPITAL, LETTER, kind_of, kinds_of_words
 from metier.data.deidentify.lexicon import alternatives, cues, words
 from metier.data.deidentify.spans import Span
 
@@ -21,6 +21,7 @@ _TOWN = re.compile(
     rf"(?<![{LETTER}.])(?:New|North|South|East|West|Port|Lake|Saint|St\.|Mount|Fort|San|Santa|El|Los|"
     rf"Las) ([A-Z][{LETTER}'-]+)"
 )
+_CAPITALS = re.compile(rf"(?<![{LETTER}-])([{CAPITAL}'-]{{3,}})(,? )([{CAPITAL}'-]{{3,}})(?: [A-Z]\b)?(?![{LETTER}])")
 _VERSUS = re.compile(rf"((?:[A-Z][{LETTER}'-]+ )*[A-Z][{LETTER}'-]+) vs?\. ((?:d[aeu] )?[A-Z][{LETTER}'-]+)")
 _FORM = re.compile(
     rf"(?:[A-Z\u00c0-\u00de][{LETTER}'-]+,? (?:& |and |és )?){{1,5}}(?:társa )?"
@@ -38,7 +39,7 @@ def find_english_places(text: str) -> list[Span]:
     """Spans of folded `text`."""
     spans: list[Span] = []
     if HAS_CAPITAL.search(text):
-        spans += [*_firms(text), *_places_and_cases(text)]
+        spans += [*_firms(text), *_places_and_cases(text), *_in_capitals(text)]
         spans += [Span(_own_start(match), match.end(), "ORGANIZATION", 0.76) for match in _FORM.finditer(text)]
         spans += [Span(*match.span(), "TITLE", 0.7) for match in _HONORIFIC.finditer(text)]
     if not _country_words().isdisjoint(_WORD.findall(text.lower())):
@@ -83,9 +84,26 @@ def _places_and_cases(text: str) -> Iterator[Span]:
         yield Span(*match.span(2), "PERSON", 0.8)
 
 
+def _in_capitals(text: str) -> Iterator[Span]:
+    """SANTANA, DEBORAH and DEBORAH SANTANA, as forms write them, where one is a first name and none a word."""
+    if text.isupper():
+        return
+    for match in _CAPITALS.finditer(text):
+        pair = [match.group(1).lower(), match.group(3).lower()]
+        kinds = [kinds_of_words().get(low, "?") for low in pair]
+        first = kinds[1] if "," in match.group(2) else kinds[0]
+        if first == "f" and not set(kinds) & {"w", "m"}:
+            yield Span(*match.span(), "PERSON", 0.72)
+
+
 def _firms(text: str) -> Iterator[Span]:
+    """Last names that make a firm; where they are first names, a list of people: Anna, Hugo and Melissa."""
     for match in _FIRM.finditer(text) if " and " in text or "&" in text else ():
-        kinds = [kind_of(word) for word in re.findall(rf"[A-Z][{LETTER}'-]+", match.group())]
-        people = kinds.count("f") > 1 and "l" not in kinds  # Anna, Hugo and Melissa
-        if all(kind in "lfb?c" for kind in kinds) and not people:
+        names = list(re.finditer(rf"[{CAPITAL}][{LETTER}'-]+", match.group()))
+        kinds = [kind_of(name.group()) for name in names]
+        if not all(kind in "lfb?c" for kind in kinds):
+            continue
+        if kinds.count("f") > 1 and "l" not in kinds:
+            yield from (Span(match.start() + n.start(), match.start() + n.end(), "PERSON", 0.7) for n in names)
+        else:
             yield Span(*match.span(), "ORGANIZATION", 0.72)

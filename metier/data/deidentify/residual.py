@@ -24,10 +24,11 @@ from metier.data.deidentify.surrogates import is_number, own_names
 PLANTED = 500
 SMALL_GROUP = 5
 _DIGITS = re.compile(r"\d(?:[ ./()-]{0,2}\d){6,}")
+_NUMBER = re.compile(r"[+(]{0,2}(?=[A-Za-z]{0,4}\d)[0-9A-Za-z]+(?:[ ./()-]{1,2}\d[0-9A-Za-z]*)*")
 _CAPITALS = re.compile(r"(?<![A-Za-z.])([A-Z][a-z]+) [A-Z][a-z]+")
 _CARRIERS = {
-    "zh": ("经办:{}。", "昨天见到{}。", "补充信息:{}", "({})"),
-    "en": ("Handled by {}.", "We met {} yesterday.", "Note: {}", "({})"),
+    "zh": ("经办:{}。", "昨天见到{}。", "补充信息:{}\n", "({})"),
+    "en": ("Handled by {}. ", "We met {} yesterday. ", "Note: {}\n", "({}) "),
 }
 
 
@@ -35,7 +36,7 @@ def suspicions(text: str, key: bytes) -> list[tuple[int, int, str]]:
     """(start, end, kind) in a rewritten text: digits, at, name."""
     text = fold(text)[0]
     own = [match.span() for match in LABEL.finditer(text)] + (own_names(text, key) if key else [])
-    numbers = (match for match in _DIGITS.finditer(text) if not (key and is_number(match.group(), key)))
+    numbers = (match for match in _DIGITS.finditer(text) if not (key and _is_own(text, match, key)))
     found = [(*match.span(), "digits") for match in numbers]
     found += [(*match.span(), "at") for match in re.finditer(r"\S+@\S+", text)]
     found += [
@@ -43,6 +44,16 @@ def suspicions(text: str, key: bytes) -> list[tuple[int, int, str]]:
     ]
     found += _tagged_names(text)
     return [f for f in found if not any(start < f[1] and f[0] < end for start, end in own)]
+
+
+def _is_own(text: str, digits: re.Match[str], key: bytes) -> bool:
+    """Whether the digits are a stand-in, or a part of one: of (020)3350..., GB06BHPG... or ...x447."""
+    around = _NUMBER.search(text, max(0, digits.start() - 8))
+    while around and around.end() < digits.end():
+        around = _NUMBER.search(text, around.end())
+    whole = around.group() if around else digits.group()
+    forms = {digits.group(), whole, whole.lstrip("("), whole.lstrip("+("), re.split("x", whole)[0]}
+    return any(is_number(form, key) for form in forms)
 
 
 def _tagged_names(text: str) -> Iterable[tuple[int, int, str]]:
@@ -101,7 +112,7 @@ def small_groups(rows: Counter[tuple[str, ...]]) -> dict[str, Any]:
 
 def _found(host: str, value: str, language: str, rng: random.Random) -> bool:
     host = host[:400]
-    ends = [match.end() for match in re.finditer(r"[。.!?!?;;]\s?", host)] or [len(host)]
+    ends = [match.end() for match in re.finditer(r"[。.!?!?;;](?!\d)\s?", host)] or [len(host)]
     place = rng.choice(ends)
     carrier = rng.choice(_CARRIERS[language]).format(value)
     text = host[:place] + (" " if language == "en" else "") + carrier + host[place:]

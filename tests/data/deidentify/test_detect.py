@@ -173,3 +173,44 @@ def test_times_weekdays_and_years_are_told_apart_from_dates() -> None:
         "星期三",
         "上午9点半",
     ]
+
+
+def test_a_possession_that_names_a_disease_too_leaves_the_person_found() -> None:
+    assert _found("We asked whether Scott's fever is gone.") == ["Scott"]
+    assert _found("Crohn's disease, Addison's disease and Newton's second law; Lynch syndrome.") == []
+    assert "Lynch" in _found("I met Lynch, who never answers.")
+
+
+def test_names_without_capitals_are_found_by_accents_cues_and_pairs() -> None:
+    assert _found("what did gunārs want from us at the café?") == ["gunārs"]
+    assert _found("tell unni that the résumé is late; she called.") == ["unni"]
+    assert _found("from odetola llc: your order leaves today.") == ["odetola llc"]
+    assert _found("please reset my password, thanks a lot, the app keeps crashing.") == []
+
+
+def test_a_list_of_first_names_is_people_and_one_of_last_names_a_firm() -> None:
+    text = "Homework club: Anna, Hugo and Melissa stayed. Invoice of Higgins, Cohen and Hartman."
+    kinds = {text[s.start : s.end]: s.entity_type for s in detect(text)}
+    assert kinds["Hugo"] == "PERSON" and kinds["Higgins, Cohen and Hartman"] == "ORGANIZATION"
+
+
+def test_letters_of_all_latin_scripts_make_whole_names() -> None:
+    for name in ("Əjdər Hüseynbəyli", "Trần Phương", "Žydrūnas Čepaitis"):
+        assert _found(f"Patient: {name}, seen today.") == [name]
+
+
+def test_names_of_forms_and_of_other_scripts_are_whole_and_dates_stay_dates() -> None:
+    text = "Pt SANTANA, DEBORAH DOB 03/04/1976 SSN 523-45-6789, seen on 12 March 1970. Mr. Smith denies pain."
+    assert _found(text, "PERSON") == ["SANTANA, DEBORAH", "Smith"]
+    assert _found(text, "DATE") == ["03/04/1976", "12 March 1970"] and _found(text, "ADDRESS") == []
+    assert _found("Please send it to Λήδρας 12 and tell Мария Иванова that it went.") == ["Λήδρας 12", "Мария Иванова"]
+    assert _found("The α-helix, ΔG and β-blockers; 5 μg/L.") == []
+
+
+def test_a_surname_before_a_title_is_found_behind_a_preposition() -> None:
+    assert "庞" in _found("由庞主任接诊", "PERSON") and _found("请各主任参会。") == []
+
+
+def test_a_word_that_may_be_a_name_is_one_where_no_word_has_a_capital_for_show() -> None:
+    assert _found("The sample was mixed up with Snow.") == ["Snow"]
+    assert _found("How can it be that my Card is blocked? Is the Church open?") == []

@@ -10,6 +10,7 @@ import metier
 from metier.data.deidentify.checksums import is_valid
 from metier.data.deidentify.operators import Context, replace, stand_in
 from metier.data.deidentify.policy import OPERATORS, TYPES, load_policy, policy_names
+from metier.data.deidentify.residual import suspicions
 from metier.data.deidentify.rewrite import rewrite
 from metier.data.deidentify.spans import Span
 from metier.errors import RecipeError
@@ -186,3 +187,17 @@ def test_a_role_before_a_stand_in_stays(tmp_path: Path) -> None:
 def test_a_second_pass_leaves_the_first_digits_of_a_postal_code() -> None:
     once = metier.deidentify(["Postcode: 59801"])[0][0]
     assert once == "Postcode: 598" and metier.deidentify([once])[0][0] == once
+
+
+def test_the_second_look_knows_whole_stand_ins_and_sees_real_numbers() -> None:
+    key = bytes(range(32))
+    numbers = [
+        ("(020)33508037", "PHONE_NUMBER"),
+        ("(377)551-9346x447", "PHONE_NUMBER"),
+        ("GB06BHPG72129980633911", "IBAN_CODE"),
+    ]
+    policy = load_policy("gdpr-pseudonymised")
+    for value, kind in numbers:
+        made = stand_in(value, kind, policy, Context(key))
+        assert made != value and suspicions(f"please call {made}.", key) == []
+        assert [kind for _, _, kind in suspicions(f"please call {value}.", key)] == ["digits"]
