@@ -130,8 +130,7 @@ def _swiglu_backward(dh, gate_up, low, up, low_dh, down, factor, largest, up_sum
                      HAS_LOW: tl.constexpr, HAS_DOWN: tl.constexpr, KEEP_H: tl.constexpr,
                      FIND_LARGEST: tl.constexpr, PRECISION: tl.constexpr, EVEN: tl.constexpr, STAGES: tl.constexpr,
                      BR: tl.constexpr, BD: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr):  # fmt: skip
-    cols = tl.program_id(0) * BN + tl.arange(0, BN)
-    split = tl.program_id(1)
+    cols, split = tl.program_id(0) * BN + tl.arange(0, BN), tl.program_id(1)
     col_mask = cols < half
     ranks, nexts = tl.arange(0, BR), tl.arange(0, BD)
     dtype: tl.constexpr = dh.dtype.element_ty
@@ -142,8 +141,7 @@ def _swiglu_backward(dh, gate_up, low, up, low_dh, down, factor, largest, up_sum
         up_mask = col_mask[None, :] & (ranks < rank)[:, None]
         up_gate = tl.load(up_at, up_mask, other=0.0)
         up_upper = tl.load(up_at + half * rank, up_mask, other=0.0)
-        gate_sum = tl.zeros([BN, BR], tl.float32)
-        upper_sum = tl.zeros([BN, BR], tl.float32)
+        gate_sum, upper_sum = tl.zeros([BN, BR], tl.float32), tl.zeros([BN, BR], tl.float32)
     if HAS_DOWN:
         down += adapter * next_rank * half
         down_block = tl.load(down + nexts[:, None] * half + cols[None, :],
