@@ -65,6 +65,7 @@ def make_base(shape: str, precision: str) -> Any:
             weight = torch.empty(parameter.shape, dtype=torch.bfloat16, device=device)
             weight = weight.fill_(1.0) if parameter.dim() == 1 else weight.normal_(std=0.02)
             setattr(module, key, nn.Parameter(weight, requires_grad=False))
+            del weight  # which quantising is to free
         if isinstance(module, nn.Linear) and name != "lm_head":
             parent, _, child = name.rpartition(".")
             setattr(model.get_submodule(parent), child, quantise_linear(module, storage))

@@ -74,6 +74,7 @@ def build(storage: str = "dense") -> Any:
             value = torch.empty(parameter.shape, dtype=torch.bfloat16, device="cuda")
             value = value.fill_(1.0) if value.dim() == 1 else value.normal_(0, 0.02)
             setattr(module, key, torch.nn.Parameter(value, requires_grad=False))
+            del value  # which quantising is to free
         if isinstance(module, torch.nn.Linear) and module is not head and storage != "dense":
             parent, _, child = name.rpartition(".")
             setattr(model.get_submodule(parent), child, quantise_linear(module, storage))

@@ -2,17 +2,16 @@
 
 A graph wants fixed sizes. So a pass is padded to a bucket: tokens to at most an eighth more, and less where kernels
 are long; supervised positions to an eighth, a quarter, half or all of the tokens, documents to a power of two. Padding
-tokens are documents of their own and carry no loss, so that nothing of a record changes. A bucket is recorded (about a
-second) when it is met for the third time, or when none was recorded that is larger by a sixteenth at most and does
-until then; all share one memory pool. Where the memory for that is not there, passes run as they are. In a pass of
-several adapters the padding is the last one's, and where each begins and ends is an input.
+tokens are documents of their own and carry no loss, so that nothing of a record changes. A bucket is recorded when it
+is first met (about a second) and replayed from then on; all share one memory pool. Where the memory for that is not
+there, passes run as they are. In a pass of several adapters the padding is the last one's, and where each begins and
+ends is an input.
 """
 
 from __future__ import annotations
 
 import contextlib
 import gc
-from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
@@ -27,9 +26,6 @@ MAX_GRAPHS = 48
 # From this many (tokens x weights of a layer) a padding token costs more than a bucket saves (H100): finer buckets.
 MUCH_WORK = 5e11
 FINE_GRAIN = 256
-# A bucket met more often than this pays for its recording: a second is what a sixteenth costs in some 50 passes of 7B,
-# and a bucket that comes three times early comes often.
-MAX_STAND_INS = 2
 
 
 class Pass(Protocol):
@@ -93,7 +89,6 @@ class GraphedPasses:
     pool: Any = None
     stream: Any = None
     max_graphs: int = MAX_GRAPHS
-    met: Counter[tuple[int, ...]] = field(default_factory=Counter)
 
     def accumulate(
         self, batch: Any, weights: torch.Tensor, spans: tuple[tuple[int, int, int], ...] = ()
@@ -102,7 +97,7 @@ class GraphedPasses:
 
         `spans`: see `metier.kernels.reference.Groups`.
         """
-        bucket, groups = self.bucket(batch) if spans else self.chosen(batch), None
+        bucket, groups = self.bucket(batch), None
         if spans:
             number, start, _ = spans[-1]
             spans = (*spans[:-1], (number, start, bucket.num_tokens))
@@ -131,26 +126,13 @@ class GraphedPasses:
         found.graph.replay()
         return found.losses[: weights.shape[0]].clone()
 
-    def chosen(self, batch: Any) -> Bucket:
-        """The batch's bucket; or, at first, a recorded one that is little larger."""
-        own = self.bucket(batch)
-        known = {key[-len(own.key) :] for key in self.recorded}
-        self.met[own.key] += 1
-        if own.key in known or self.met[own.key] > MAX_STAND_INS:
-            return own
-        for size in sorted({key[0] for key in known if own.num_tokens < key[0] <= own.num_tokens * 17 // 16}):
-            larger = self.bucket(batch, size)
-            if larger.key in known:
-                return larger
-        return own
-
-    def bucket(self, batch: Any, size: int | None = None) -> Bucket:
-        """The sizes that `batch` is padded to (`size` tokens, if given). Limits on documents and rows only grow."""
+    def bucket(self, batch: Any) -> Bucket:
+        """The sizes that `batch` is padded to. The limits on documents grow and never shrink, as that on rows does."""
         total = sum(batch.lengths)
         is_long = total * self.run.layer_size >= MUCH_WORK
         grain = FINE_GRAIN if is_long else max(128, 1 << max(0, total.bit_length() - 4))
         self.max_seqlen = max(self.max_seqlen, 1 << (max(batch.lengths) - 1).bit_length())
-        lengths, rest = list(batch.lengths), -total % grain if size is None else size - total
+        lengths, rest = list(batch.lengths), -total % grain
         while rest > 0:
             lengths.append(min(rest, self.max_seqlen))
             rest -= lengths[-1]

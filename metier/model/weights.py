@@ -80,6 +80,7 @@ def fill(
                 weight = nn.Parameter(tensors.get_tensor(name).to(device).to(dtype), requires_grad=False)
                 for module, attribute, _ in places[name]:
                     setattr(module, attribute, weight)
+                del weight  # which `replace` may free
                 if replace:
                     _replace(model, [(module, owner) for module, _, owner in places[name]], replace)
                 if placed:

@@ -46,22 +46,3 @@ def test_buckets_are_few_and_waste_an_eighth_at_most() -> None:
         assert batch.num_tokens <= bucket.num_tokens <= batch.num_tokens * 9 / 8 + 128
         assert bucket.num_positions >= batch.num_loss_tokens
     assert len(keys) <= 12
-
-
-def test_a_bucket_that_is_met_again_and_again_is_recorded_for_itself() -> None:
-    model, adapter = with_adapter("smollm2", torch.float32)
-    fused = fused_of(model, adapter)
-    fused.layer_size = 10**9  # whose passes get fine buckets
-    passes = GraphedPasses(fused, [])
-    (small,) = pack_batches(random_records(400, model.config.vocab_size), 100_000, 999)
-    assert small.num_tokens > 16 * 256
-    first = passes.bucket(small, passes.bucket(small).num_tokens + 256)
-    passes.recorded[("none", *first.key)] = None  # type: ignore[assignment]
-    own = passes.bucket(small)
-    assert own.num_tokens < first.num_tokens <= own.num_tokens * 17 / 16
-    found = [passes.chosen(small) for _ in range(4)]
-    assert [bucket.key for bucket in found] == [first.key, first.key, own.key, own.key]
-    assert sum(found[0].lengths) == first.num_tokens and found[0].lengths[: len(small.lengths)] == small.lengths
-    passes.recorded[("none", *own.key)] = None  # type: ignore[assignment]
-    passes.met.clear()
-    assert passes.chosen(small).key == own.key
