@@ -136,7 +136,7 @@ def test_one_rank_out_of_memory_steps_all_ranks_back_alike(recipe: Path, tmp_pat
     )  # fmt: skip
     assert made.returncode == 0, made.stderr
     shutil.copytree(tmp_path / "limited", tmp_path / "smaller")
-    for out, room, tokens in (("limited", 150 << 20, 4096), ("smaller", 0, 2048)):
+    for out, room, tokens in (("limited", 50 << 20, 4096), ("smaller", 0, 2048)):
         done = subprocess.run(
             [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", free_port(),
              str(tmp_path / "limited.py"), str(room), "train", str(tmp_path / "recipe.yaml"), "--out",
