@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from metier.kernels import reference
-from metier.kernels.dropout import Dropout, drop_rows
+from metier.kernels.dropout import Dropout, drop_rows, keyed_dropout
 from metier.kernels.reference import Groups, Heads, Rotation
 from tests.kernels.bounds import close, rows_close, size_of_gradient, size_of_low
 
@@ -363,7 +363,11 @@ def test_what_drops_out_is_the_same_to_the_bit(dtype: torch.dtype, shape: tuple[
     for norm in ({}, {"rstd": rstd, "factor": factor}):
         got = triton_dropout.drop_rows(x, dropout, site, **norm)
         want = drop_rows(*exact(x), dropout, site, **{k: v.double() for k, v in norm.items()})
-        assert torch.equal(got == 0, want.to(dtype) == 0)
+        # A small value may round to zero in fp16 without being dropped.
+        is_large = want.abs() > 1e-3
+        kept = keyed_dropout(torch.ones_like(want), 0.3, keys, site) != 0
+        assert bool((got[~kept] == 0).all())
+        assert bool((got[kept & is_large] != 0).all())
         close(got, want, dtype)
         into = normal(*shape, dtype=dtype)
         want = want + into.double()
