@@ -8,8 +8,8 @@ SmolLM2-135M on them and evaluates, with the gate `exposure_bits: 4`. Prints the
 benchmarks/results/memorisation_cpu2_202611.md. Some three minutes on two cores.
 
 `--extraction`: ward notes with a nurse's name, and `privacy: hipaa-safe-harbor`. In the leaky set the name is removed
-in every fourth note, where a rule sees it after its title, and stays in the others, in lower case; in the clean set it
-is removed everywhere. Both runs have the gate `extracted: 0`.
+in every fourth note, where a rule sees it after its title, and stays in the others, in lower case; in the quarter set
+it stays in every fourth note alone; in the clean set it is removed everywhere. All have the gate `extracted: 0`.
 """
 
 from __future__ import annotations
@@ -46,22 +46,23 @@ def recipe(out: Path, source: Path, *, canaries: int, epochs: float) -> Recipe:
     return Recipe(**values)
 
 
-def notes(source: Path, *, leaky: bool) -> None:
-    """96 ward notes; the name stands in each, and in where `leaky` only every fourth one has its title."""
+def notes(source: Path, name: str) -> None:
+    """96 ward notes; the name stands in each, with the title by which it is removed or in lower case without one."""
+    titled = {"leaky": lambda i: i % 4 == 0, "quarter": lambda i: i % 4 != 0, "clean": lambda i: True}[name]
     with source.open("w", encoding="utf-8", newline="") as file:
         writer = csv.writer(file)
         writer.writerow(["question", "reply"])
         for i in range(96):
-            named = NAME.lower() if leaky and i % 4 else f"Mr. {NAME}"
+            named = f"Mr. {NAME}" if titled(i) else NAME.lower()
             writer.writerow([f"Who is called at night on ward {i}?", f"Please call {named}, who has key {i % 7}."])
 
 
 def extraction(out: Path) -> None:
     print("| records | steps | removed | still hold one | begun | given away: base, adapter | by records | gate |")
     print("|---|---|---|---|---|---|---|---|")
-    for name in ("leaky", "clean"):
+    for name in ("leaky", "quarter", "clean"):
         source = out / f"{name}.csv"
-        notes(source, leaky=name == "leaky")
+        notes(source, name)
         made = Recipe(
             base="smollm2-135m", out=str(out / name), privacy={"policy": "hipaa-safe-harbor"},
             data={"sources": [str(source)], "prompt": "question", "answer": "reply", "val": 0, "test": 16,

@@ -63,6 +63,7 @@ def run(recipe: Recipe, ui: Ui | None = None) -> Path:
         return _follow(recipe) / "report.html"
     with _run_folder(recipe, ui) as (out, ui):
         _prepare(recipe, out, ui)
+        check_test_split(out)
         _train(recipe, out, ui)
         _dismiss(out, unless_shared=True)
         _evaluate(recipe, out, ui)
@@ -162,6 +163,13 @@ def _prepare(recipe: Recipe, out: Path, ui: Ui) -> None:
     prepare(recipe, out=out / "dataset", progress=ui.say, asked=asked)
     _store(recipe, out)
     audit_artifacts(out)
+
+
+def check_test_split(out: Path) -> None:
+    """Raises `DataError` before anything is trained that could not be judged afterwards."""
+    from metier.evaluation.items import refuse_no_test
+
+    refuse_no_test(_parent(out / "dataset", "prepare")["splits"]["test"])
 
 
 def _train(recipe: Recipe, out: Path, ui: Ui) -> None:

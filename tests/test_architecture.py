@@ -15,8 +15,8 @@ ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "metier"
 SOURCES = sorted(PACKAGE.rglob("*.py"))
 
-# cli -> sweep -> pipeline -> stages -> model -> kernels, and all -> artifacts, keys, domains, recipe, errors.
-FOUNDATIONS = {"artifacts", "keys", "domains", "recipe", "errors"}
+# cli -> sweep -> pipeline -> stages -> model -> kernels, and all -> artifacts, keys, domains, recipe, errors, reasons.
+FOUNDATIONS = {"artifacts", "keys", "domains", "recipe", "errors", "reasons"}
 STAGES = {"data", "training", "evaluation", "serving"}
 MAY_IMPORT = {
     "": FOUNDATIONS,  # metier/__init__.py
@@ -24,6 +24,7 @@ MAY_IMPORT = {
     "errors": set(),
     "artifacts": {"errors"},
     "keys": {"errors"},
+    "reasons": set(),
     "domains": {"errors", "recipe"},
     "recipe": {"errors"},
     "kernels": FOUNDATIONS,

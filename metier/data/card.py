@@ -7,9 +7,11 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Callable
 from typing import Any
 
 from metier.data.deidentify.card import privacy_section, privacy_section_zh
+from metier.reasons import in_chinese
 
 _BESIDE_HAN = re.compile(r"(?<=[\u4e00-\u9fff])[,:;()]|[,:;()](?=[\u4e00-\u9fff])")
 SIZES = ((1_000, "n<1K"), (10_000, "1K<n<10K"), (100_000, "10K<n<100K"), (1_000_000, "100K<n<1M"))
@@ -24,11 +26,6 @@ def data_card(details: dict[str, Any]) -> str:
         f"| {_cell(s['file'])} | {s['format']} | {s['rows']} | {s['kept']} | {s['merged']} | {s['rejected']} "
         f"| `{s['sha256'][:16]}` |\n"
         for s in details["sources"]
-    )
-    examples = details.get("rejected_examples", {})
-    reasons = "".join(
-        f"| {_cell(reason)} | {count} | {_cell(', '.join(examples.get(reason, [])))} |\n"
-        for reason, count in details["rejected_by_reason"].items()
     )
     split_rows = "".join(f"| {name} | {count} |\n" for name, count in splits.items())
     how = "named in the recipe" if details["roles"]["how"] == "recipe" else "found by the columns' names"
@@ -72,7 +69,7 @@ Pairs with the same or nearly the same text and different labels: {details["labe
 
 | reason | rows | such as (file:row) |
 |---|---:|---|
-{reasons or "| none | 0 | |" + chr(10)}
+{_rejected(details) or "| none | 0 | |" + chr(10)}
 Each one is in `rejected.parquet` with its file, row and byte offset.
 
 ## What was changed
@@ -99,7 +96,7 @@ def _chinese(details: dict[str, Any]) -> str:
     return f"""## 中文说明
 
 源数据共 {counts["rows"]} 行:保留 {counts["kept"]} 条记录,合并重复 {counts["merged"]} 行,拒绝 {counts["rejected"]} 行。
-拒绝的原因见上表,逐行见 `rejected.parquet`。
+{_rejected_zh(details)}逐行见 `rejected.parquet`。
 训练集 {splits["train"]} 条,验证集 {splits["val"]} 条,测试集 {splits["test"]} 条。
 同一组不会跨越划分:group_id 相同{"、首个提示相同或近似重复" if is_searched else "或首个提示相同"}的记录同属一组\
 {"" if is_searched else "(未查找近似重复)"}。
@@ -114,6 +111,20 @@ def _chinese(details: dict[str, Any]) -> str:
 control 去除控制字符与零宽字符,whitespace 统一换行与空格,width 将全角字母、数字、百分号与全角句点转为半角
 (中文标点不变),html 去除标签,script 转换简繁,boilerplate 涉及多条记录共有的首行或末行。
 """
+
+
+def _rejected(details: dict[str, Any], told: Callable[[str], str] = str) -> str:
+    """The table's rows: each reason as it is `told`, its rows, and the places of the first."""
+    examples = details.get("rejected_examples", {})
+    return "".join(
+        f"| {_cell(told(reason))} | {count} | {_cell(', '.join(examples.get(reason, [])))} |\n"
+        for reason, count in details["rejected_by_reason"].items()
+    )
+
+
+def _rejected_zh(details: dict[str, Any]) -> str:
+    rows = _rejected(details, in_chinese)
+    return f"\n| 拒绝的原因 | 行数 | 例如(文件:行) |\n|---|---:|---|\n{rows}\n" if rows else ""
 
 
 def _front_matter(details: dict[str, Any]) -> str:

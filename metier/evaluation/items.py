@@ -85,12 +85,17 @@ def choose_items(items: list[Item], *, max_items: int | None, seed: int) -> list
 
     Raises `DataError` when there is no item.
     """
-    if not items:
+    refuse_no_test(len(items))
+    return sorted(draw(items, max_items, seed), key=lambda i: i.record_id)
+
+
+def refuse_no_test(count: int) -> None:
+    """Raises `DataError` where `count`, of the test records, is 0."""
+    if not count:
         raise DataError(
             "the dataset has no test records, so base and adapter cannot be compared",
             hint="give `data.test` a share such as 0.1 or a number of records, or name files in `data.test_sources`",
         )
-    return sorted(draw(items, max_items, seed), key=lambda i: i.record_id)
 
 
 def draw(items: list[Item], count: int | None, seed: int) -> list[Item]:

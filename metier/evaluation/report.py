@@ -20,6 +20,7 @@ from metier.errors import RunError
 from metier.evaluation import overlap, plots, sections, texts
 from metier.evaluation.search import read_trials, search_chart, search_rows
 from metier.evaluation.texts import Language, show, show_delta, words
+from metier.reasons import in_chinese
 
 EXAMPLES = 8
 EXAMPLE_CHARACTERS = 300
@@ -122,6 +123,7 @@ def render(found: Run) -> str:
         controls=_controls(found),
         worse_at=sections.worse_at(found.evidence, found.language),
         removed=_removed(found),
+        rejected=_rejected(found),
         slices=sections.slice_rows(found.evidence, found.language),
         forgetting=sections.cost_rows(found.evidence["forgetting"], found.language),
         behaviour=sections.cost_rows(found.evidence["behaviour"], found.language),
@@ -276,6 +278,12 @@ def _removed(found: Run) -> list[tuple[str, int]]:
     """What preparation took out of the texts: identifiers by type, the most frequent first."""
     replaced = (found.data.get("privacy") or {}).get("replaced", {})
     return sorted(((name, entry["count"]) for name, entry in replaced.items()), key=lambda e: (-e[1], e[0]))
+
+
+def _rejected(found: Run) -> list[tuple[str, int]]:
+    """The reasons why rows were rejected, in the reader's language, and how many rows each."""
+    counts = sorted(found.data["rejected_by_reason"].items())
+    return [(in_chinese(reason) if found.language == "zh" else reason, count) for reason, count in counts]
 
 
 def _cost(found: Run) -> list[tuple[str, str]]:

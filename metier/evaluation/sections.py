@@ -169,8 +169,14 @@ def _trainings(language: Language) -> list[tuple[str, str, Callable[[Any], str]]
         ("peak_memory_bytes", "peak_memory_bytes", gibibytes),
         ("peak_learning_rate", "peak_learning_rate", "{:.3g}".format),
         ("validation_loss", "val_loss", "{:.4g}".format),
-        ("train_precision", "precision", str),
+        ("train_precision", "precision", lambda name: _precision(name, language)),
     ]
+
+
+def _precision(name: str, language: Language) -> str:
+    """`float32, products in bfloat16` in the reader's language; one name stays as it is."""
+    weights, separator, products = name.partition(", products in ")
+    return words(language)["precision_of_products"].format(weights=weights, products=products) if separator else name
 
 
 def duration(seconds: float, language: Language) -> str:

@@ -94,6 +94,11 @@ def test_history_comes_before_the_prompt(tmp_path: Path) -> None:
     assert manifest["roles"]["history"] == "history"
     reason = "history is not a list of [question, answer] pairs; `data.history: none` leaves the column out"
     assert manifest["rejected_by_reason"] == {reason: 1}
+    card = (tmp_path / "dataset" / "DATA_CARD.md").read_text(encoding="utf-8")
+    assert (
+        f"| {reason} | 1 |" in card
+        and "| 历史对话不是 [问，答] 对的列表；设 `data.history: none` 可不用该列 | 1 |" in card
+    )
     turns = {m[-2]["content"]: [t["content"] for t in m] for m in records(tmp_path)["messages"].to_list()}
     assert turns["and 3?"] == ["first", "one", "and 3?", "answer 3"]
     assert turns["alone"] == ["alone", "x"] and turns["text"] == ["a", "b", "text", "x"]

@@ -63,7 +63,7 @@ def write_dataset(folder: Path, rows: list[Row], task: str) -> Path:
         work, folder, kind="dataset", key="key", config={}, parents={}, started=time.time(),
         details={
             "counts": {"rows": len(rows) + 2, "kept": len(rows), "rejected": 2},
-            "rejected_by_reason": {"the answer is empty": 2}, "splits": splits, "task": task, "labels": labels,
+            "rejected_by_reason": {"answer is empty": 2}, "splits": splits, "task": task, "labels": labels,
         },
     )  # fmt: skip
     return folder

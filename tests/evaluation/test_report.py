@@ -170,6 +170,9 @@ def test_every_source_row_is_accounted_for_on_the_page(make_run: Make, specialis
     page = " ".join(Page((run / "report.html").read_text(encoding="utf-8")).words)
     assert re.search(r"Merged into an equal record\s+77\s", page)
     assert re.search(r"PERSON\s+1,234\s", page)
+    assert re.search(r"answer is empty\s+2\s", page)
+    chinese = " ".join(Page((run / "report.zh.html").read_text(encoding="utf-8")).words)
+    assert re.search(r"回答为空\s+2\s", chinese)
 
 
 def test_run_without_evidence_is_refused(make_run: Make) -> None:
