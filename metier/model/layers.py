@@ -203,16 +203,19 @@ class Treatment:
     dropout: Dropout | None = None
 
 
-def _norm(x: torch.Tensor, weight: torch.Tensor, eps: float, site: Site, treatment: Treatment) -> Rows:
+def _rows(
+    x: torch.Tensor, site: Site, treatment: Treatment, *, factor: torch.Tensor | None = None, eps: float | None = None
+) -> Rows:  # fmt: skip
+    """x [M, I], after the norm with weights `factor` where `eps` is given, as the site's products read it."""
     down = site.down_t if treatment.dropout is None else None
-    segments = (x.shape[1],) if down is not None else ()
     rows = ops.project_rows(
-        x, factor=weight, down=down, segments=segments, eps=eps, quantise=site.weight.eats_fp8, **_of(treatment.groups)
-    )
+        x, factor=factor, down=down, segments=() if down is None else (x.shape[1],), eps=eps,
+        quantise=site.weight.eats_fp8, **_of(treatment.groups),
+    )  # fmt: skip
     if treatment.dropout is None:
         return rows
-    assert rows.rstd is not None
-    return rows._replace(low=site.project_dropped(x, treatment.dropout, rstd=rows.rstd, factor=weight))
+    norm = {} if rows.rstd is None or factor is None else {"rstd": rows.rstd, "factor": factor}
+    return rows._replace(low=site.project_dropped(x, treatment.dropout, **norm))
 
 
 def _norm_backward(
@@ -230,16 +233,6 @@ def _norm_backward(
     return dx, down_grad
 
 
-def _projected(x: torch.Tensor, site: Site, treatment: Treatment) -> Rows:
-    """x [M, I], which no norm precedes, as the site's products read it."""
-    down = site.down_t if treatment.dropout is None else None
-    segments = (x.shape[1],) if down is not None else ()
-    rows = ops.project_rows(x, down=down, segments=segments, quantise=site.weight.eats_fp8, **_of(treatment.groups))
-    if treatment.dropout is None:
-        return rows
-    return rows._replace(low=site.project_dropped(x, treatment.dropout))
-
-
 def _activated(both: torch.Tensor, low: torch.Tensor | None, site: Site) -> torch.Tensor:
     """h [M, F] from gate and up, in the model's dtype."""
     dense = ops.swiglu(both, low, site.up, down=None, quantise=False).dense
@@ -255,7 +248,7 @@ class _Queries(torch.autograd.Function):
         ctx: Any, x: torch.Tensor, layer: Layer, rotation: Rotation, treatment: Treatment, *_: torch.Tensor
     ) -> Any:  # fmt: skip
         rotation = rotation._replace(bias=layer.bias, q_norm=layer.q_norm, k_norm=layer.k_norm, eps=layer.eps)
-        rows = _norm(x, layer.input_norm, layer.eps, layer.qkv, treatment)
+        rows = _rows(x, layer.qkv, treatment, factor=layer.input_norm, eps=layer.eps)
         qkv = layer.qkv.weight.matmul(rows)
         q, k, v = ops.rotate(qkv, rows.low, layer.qkv.up, layer.heads, rotation, **_of(treatment.groups))
         ctx.save_for_backward(x, rows.rstd, rows.low, qkv if layer.q_norm is not None else None)
@@ -293,7 +286,7 @@ class _Output(torch.autograd.Function):
         ctx: Any, x: torch.Tensor, attention: torch.Tensor, layer: Layer, treatment: Treatment, *_: torch.Tensor
     ) -> torch.Tensor:  # fmt: skip
         site, groups = layer.o, treatment.groups
-        rows = _projected(attention, site, treatment)
+        rows = _rows(attention, site, treatment)
         ctx.save_for_backward(attention, rows.low)
         ctx.layer, ctx.treatment = layer, treatment
         return ops.add_low_rank(x, site.weight.matmul(rows), rows.low, site.up, **_of(groups))
@@ -326,7 +319,7 @@ class _Mlp(torch.autograd.Function):
         ctx: Any, x: torch.Tensor, layer: Layer, keeps: bool, treatment: Treatment, found: list[Rows],
         *_: torch.Tensor,
     ) -> torch.Tensor:  # fmt: skip
-        rows = _norm(x, layer.output_norm, layer.eps, layer.gate_up, treatment)
+        rows = _rows(x, layer.gate_up, treatment, factor=layer.output_norm, eps=layer.eps)
         both = layer.gate_up.weight.matmul(rows)
         if treatment.dropout is None:
             h = ops.swiglu(
@@ -334,7 +327,7 @@ class _Mlp(torch.autograd.Function):
                 **_of(treatment.groups),
             )  # fmt: skip
         else:
-            h = _projected(_activated(both, rows.low, layer.gate_up), layer.down, treatment)
+            h = _rows(_activated(both, rows.low, layer.gate_up), layer.down, treatment)
         found.append(h)
         ctx.save_for_backward(x, rows.rstd, rows.low, h.low, both if keeps else None)
         ctx.layer, ctx.treatment = layer, treatment
@@ -347,7 +340,7 @@ class _Mlp(torch.autograd.Function):
         groups, dropout = treatment.groups, treatment.dropout
         site, next_site = layer.gate_up, layer.down
         if both is None:
-            both = site.weight.matmul(_norm(x, layer.output_norm, layer.eps, site, treatment))
+            both = site.weight.matmul(_rows(x, site, treatment, factor=layer.output_norm, eps=layer.eps))
         next_up = next_site.rank_gradient(dy, low_h, groups)
         next_rows = next_site.gradient_rows(dy, groups)
         dh, next_down, next_low, next_grad = (
