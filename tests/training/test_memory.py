@@ -82,7 +82,7 @@ def manifest_of(out: Path) -> dict[str, Any]:
 
 
 def test_out_of_memory_halves_the_pass_and_the_result_is_that_of_the_smaller_pass(recipe: Path, tmp_path: Path) -> None:
-    code, stderr = train(recipe, tmp_path / "limited", room=120 << 20)
+    code, stderr = train(recipe, tmp_path / "limited", room=100 << 20)
     assert code == 0, stderr
     assert "step 1: out of memory; passes of 4096 tokens, and the step is done again from its start" in stderr
     manifest = manifest_of(tmp_path / "limited")
