@@ -7,24 +7,26 @@ from typing import Any
 
 import torch
 
-from metier.kernels import cpu, reference
-from metier.kernels.dropout import Dropout
-from metier.kernels.dropout import drop_rows as plain_drop_rows
+from metier.kernels import cpu, dropout, reference
 
 
 def _on(x: torch.Tensor, name: str, groups: Any = None) -> Callable[..., Any]:
     # Ranks too wide for the kernels' registers come without bounds (`metier.model.fused`).
     if x.dtype == torch.float64 or (groups is not None and groups.bounds is None and x.is_cuda):
-        return getattr(reference, name)  # type: ignore[no-any-return]
+        return _defined(name)
     if not x.is_cuda:
-        return cpu.__dict__.get(name) or getattr(reference, name)  # type: ignore[no-any-return]
-    from metier.kernels import triton_groups, triton_rows, triton_swiglu, triton_tiles
+        return cpu.__dict__.get(name) or _defined(name)
+    from metier.kernels import triton_dropout, triton_groups, triton_rows, triton_swiglu, triton_tiles
 
     grouped = [triton_groups] if groups is not None else []
-    for module in (*grouped, triton_swiglu, triton_tiles, triton_rows):
+    for module in (*grouped, triton_swiglu, triton_tiles, triton_rows, triton_dropout):
         if name in module.__dict__:
             return module.__dict__[name]  # type: ignore[no-any-return]
-    return getattr(reference, name)  # type: ignore[no-any-return]
+    return _defined(name)
+
+
+def _defined(name: str) -> Callable[..., Any]:
+    return dropout.__dict__.get(name) or getattr(reference, name)  # type: ignore[no-any-return]
 
 
 def project_rows(x: torch.Tensor, **options: Any) -> reference.Rows:
@@ -60,12 +62,8 @@ def rank_gradient(
     return _on(dy, "rank_gradient", groups)(dy, low, ends, groups)  # type: ignore[no-any-return]
 
 
-def drop_rows(x: torch.Tensor, dropout: Dropout, site: int, **options: Any) -> torch.Tensor:
-    if not x.is_cuda or x.dtype == torch.float64:
-        return plain_drop_rows(x, dropout, site, **options)
-    from metier.kernels.triton_dropout import drop_rows as kernel
-
-    return kernel(x, dropout, site, **options)
+def drop_rows(x: torch.Tensor, drops: dropout.Dropout, site: int, **options: Any) -> torch.Tensor:
+    return _on(x, "drop_rows")(x, drops, site, **options)  # type: ignore[no-any-return]
 
 
 def rotate(qkv: torch.Tensor, *rest: Any, **options: Any) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:

@@ -13,6 +13,7 @@ from typing import Any
 
 from metier.model.fused import is_fused_architecture
 from metier.model.lora import target_names
+from metier.model.shards import decoder_layers
 from metier.recipe import AdapterConfig
 
 # Keeps e4m3 weights once and transposes them at each use, where `fp8` keeps the transposed ones too.
@@ -89,9 +90,7 @@ def shape_of(model: Any, adapter: AdapterConfig) -> Shape:
     import torch
 
     config = model.config.get_text_config()
-    layers = next(
-        m for m in model.modules() if isinstance(m, torch.nn.ModuleList) and len(m) == config.num_hidden_layers
-    )
+    layers = decoder_layers(model)
     layer = layers[0]
     linears = {n: m for n, m in layer.named_modules() if isinstance(m, torch.nn.Linear)}
     norms = [m for m in layer.modules() if type(m).__name__.endswith("Norm")]
