@@ -1,8 +1,9 @@
 """What a training step is made of, each piece alone on one CUDA GPU: products, attention, the adapter's parts, copies.
 
-    python benchmarks/bench_kernels.py
+    python benchmarks/bench_kernels.py            # all, at r=16
+    python benchmarks/bench_kernels.py 16 32 64   # what an adapter adds to, at these ranks: of one adapter and of eight
 
-LLaMA-2-7B's sizes, 8,192 tokens, r=16, random data; median time in microseconds, and TFLOP/s where it is a product.
+LLaMA-2-7B's sizes, 8,192 tokens, random data; median time in microseconds, and TFLOP/s where it is a product.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
 from triton.testing import do_bench
@@ -19,7 +21,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from metier.kernels import ops
 from metier.kernels.attention import Documents, attend
 from metier.kernels.frozen import Fp8Weight, Nf4Weight, freeze
-from metier.kernels.reference import Heads, Rotation, Rows, quantise_rows
+from metier.kernels.reference import Groups, Heads, Rotation, Rows, quantise_rows
 
 TOKENS, HIDDEN, INNER, RANK = 8192, 4096, 11008, 16
 Piece = tuple[str, Callable[[], object], float]
@@ -115,8 +117,69 @@ def row_and_tile_kernels() -> Iterator[Piece]:
     yield "copy of x", x.clone, 0.0
 
 
+def adapter_kernels(rank: int, count: int) -> Iterator[Piece]:
+    """Every op of a layer that an adapter takes part in, in e4m3: of one adapter, or of `count` with equal shares."""
+    each = TOKENS // count
+    spans = tuple((number, number * each, (number + 1) * each) for number in range(count))
+    groups = Groups(spans, count).on(torch.device("cuda")) if count > 1 else None
+    some: dict[str, Any] = {} if groups is None else {"groups": groups}
+
+    def stack(*shape: int) -> torch.Tensor:
+        return bf16(*(() if groups is None else (count,)), *shape) * 0.1
+
+    x, weight, both, dh = bf16(TOKENS, HIDDEN), bf16(HIDDEN), bf16(TOKENS, 2 * INNER), bf16(TOKENS, INNER)
+    heads, qkv, rstd = Heads(32, 32, 128), bf16(TOKENS, 3 * HIDDEN), torch.rand(TOKENS, device="cuda")
+    angle, factor = torch.randn(TOKENS, 64, device="cuda"), torch.rand(2 * INNER, device="cuda")
+    rotation, grads = Rotation(angle.cos(), angle.sin()), tuple(bf16(TOKENS, 32, 128) for _ in range(3))
+    one, two, three = (bf16(TOKENS, n * rank) for n in (1, 2, 3))
+    a1, a2, a3, wide_a = stack(rank, HIDDEN), stack(2 * rank, HIDDEN), stack(3 * rank, HIDDEN), stack(rank, INNER)
+    b1, b2, b3 = stack(HIDDEN, rank), stack(2 * INNER, rank), stack(3 * HIDDEN, rank)
+    norm: dict[str, Any] = {"factor": weight, "segments": (HIDDEN,), "eps": 1e-5, "quantise": True} | some
+    back: dict[str, Any] = {"weight": weight, "rstd": rstd, "residual": x} | some
+    largest = dh.abs().amax(1).float()
+    ops_of: list[tuple[str, Callable[[], object]]] = [
+        ("norm of q/k/v's input", lambda: ops.project_rows(x, down=a3.mT, **norm)),
+        ("norm of gate/up's input", lambda: ops.project_rows(x, down=a2.mT, **norm)),
+        ("rows of o's input", lambda: ops.project_rows(x, down=a1.mT, segments=(HIDDEN,), quantise=True, **some)),
+        ("rotary", lambda: ops.rotate(qkv, three, b3, heads, rotation, **some)),
+        ("residual and low-rank part", lambda: ops.add_low_rank(x, x, one, b1, **some)),
+        ("SwiGLU", lambda: ops.swiglu(both, two, b2, down=wide_a.mT, quantise=True, **some)),
+        ("SwiGLU backward", lambda: ops.swiglu_backward(
+            dh, both, two, b2, low_dh=one, down=wide_a, factor=factor, quantise=True, **some)),
+        ("rotary backward", lambda: ops.rotate_backward(
+            grads, None, three, b3, heads, rotation, factor[: 3 * HIDDEN], **some)),
+        ("rows of q/k/v's gradient", lambda: ops.project_rows(
+            qkv, factor=factor[: 3 * HIDDEN], down=b3, segments=heads.ends, quantise=True,
+            largest=rstd, **some)),
+        ("rows of h", lambda: ops.project_rows(
+            dh, down=wide_a.mT, segments=(INNER,), quantise=True, largest=largest, **some)),
+        ("norm backward, q/k/v", lambda: ops.norm_backward(x, x, low=three, down=a3, projected=three, **back)),
+        ("norm backward, gate/up", lambda: ops.norm_backward(x, x, low=two, down=a2, projected=two, **back)),
+        ("gradient of B of o", lambda: ops.rank_gradient(x, one, (HIDDEN,), groups)),
+        ("low-rank part of o's input gradient", lambda: ops.add_low_rank_(x, one, a1, groups)),
+    ]  # fmt: skip
+    for name, run in ops_of:
+        yield name, run, 0.0
+
+
+def by_rank(ranks: list[int]) -> None:
+    """A table: a row for each op, a column for each rank of one adapter and of eight."""
+    columns = [(rank, count) for count in (1, 8) for rank in ranks]
+    rows: dict[str, list[float]] = {}
+    for rank, count in columns:
+        for name, run, _ in adapter_kernels(rank, count):
+            rows.setdefault(name, []).append(do_bench(run, warmup=8, rep=30, return_mode="median") * 1e3)
+        print(f"rank {rank}, adapters {count}: {sum(times[-1] for times in rows.values()):.0f} us", flush=True)
+    print("| us | " + " | ".join(f"r {rank}, {count} adapters" for rank, count in columns) + " |")
+    for name, times in [*rows.items(), ("all", [sum(column) for column in zip(*rows.values(), strict=True)])]:
+        print(f"| {name} | " + " | ".join(f"{time:.0f}" for time in times) + " |")
+
+
 def main() -> None:
     torch.manual_seed(0)
+    if sys.argv[1:]:
+        by_rank([int(word) for word in sys.argv[1:]])
+        return
     for pieces in (products(), attention(), row_and_tile_kernels()):
         for name, run, work in pieces:
             ms = do_bench(run, warmup=8, rep=40, return_mode="median")
