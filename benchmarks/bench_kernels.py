@@ -1,7 +1,7 @@
 """What a training step is made of, each piece alone on one CUDA GPU: products, attention, the adapter's parts, copies.
 
     python benchmarks/bench_kernels.py            # all, at r=16
-    python benchmarks/bench_kernels.py 16 32 64   # what an adapter adds to, at these ranks: of one adapter and of eight
+    python benchmarks/bench_kernels.py 16 32 64   # what adapters add to: one, eight, eight of ranks 4 to 32
 
 LLaMA-2-7B's sizes, 8,192 tokens, random data; median time in microseconds, and TFLOP/s where it is a product.
 """
@@ -21,7 +21,8 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from metier.kernels import ops
 from metier.kernels.attention import Documents, attend
 from metier.kernels.frozen import Fp8Weight, Nf4Weight, freeze
-from metier.kernels.reference import Groups, Heads, Rotation, Rows, quantise_rows
+from metier.kernels.groups import Groups
+from metier.kernels.reference import Heads, Rotation, Rows, quantise_rows
 
 TOKENS, HIDDEN, INNER, RANK = 8192, 4096, 11008, 16
 Piece = tuple[str, Callable[[], object], float]
@@ -117,23 +118,24 @@ def row_and_tile_kernels() -> Iterator[Piece]:
     yield "copy of x", x.clone, 0.0
 
 
-def adapter_kernels(rank: int, count: int) -> Iterator[Piece]:
-    """Every op of a layer that an adapter takes part in, in e4m3: of one adapter, or of `count` with equal shares."""
+def adapter_kernels(ranks: tuple[int, ...]) -> Iterator[Piece]:
+    """Every op of a layer that an adapter takes part in, in e4m3: of one adapter, or of several with equal shares."""
+    count, total, rank = len(ranks), sum(ranks), max(ranks)
     each = TOKENS // count
     spans = tuple((number, number * each, (number + 1) * each) for number in range(count))
-    groups = Groups(spans, count).on(torch.device("cuda")) if count > 1 else None
+    groups = Groups(spans, ranks).on(torch.device("cuda")) if count > 1 else None
     some: dict[str, Any] = {} if groups is None else {"groups": groups}
 
-    def stack(*shape: int) -> torch.Tensor:
-        return bf16(*(() if groups is None else (count,)), *shape) * 0.1
+    def ups(size: int) -> torch.Tensor:
+        return bf16(size, rank) * 0.1 if groups is None else bf16(size * total) * 0.1
 
     x, weight, both, dh = bf16(TOKENS, HIDDEN), bf16(HIDDEN), bf16(TOKENS, 2 * INNER), bf16(TOKENS, INNER)
     heads, qkv, rstd = Heads(32, 32, 128), bf16(TOKENS, 3 * HIDDEN), torch.rand(TOKENS, device="cuda")
     angle, factor = torch.randn(TOKENS, 64, device="cuda"), torch.rand(2 * INNER, device="cuda")
     rotation, grads = Rotation(angle.cos(), angle.sin()), tuple(bf16(TOKENS, 32, 128) for _ in range(3))
     one, two, three = (bf16(TOKENS, n * rank) for n in (1, 2, 3))
-    a1, a2, a3, wide_a = stack(rank, HIDDEN), stack(2 * rank, HIDDEN), stack(3 * rank, HIDDEN), stack(rank, INNER)
-    b1, b2, b3 = stack(HIDDEN, rank), stack(2 * INNER, rank), stack(3 * HIDDEN, rank)
+    a1, a2, a3 = (bf16(n * total, HIDDEN) * 0.1 for n in (1, 2, 3))
+    wide_a, b1, b2, b3 = bf16(total, INNER) * 0.1, ups(HIDDEN), ups(2 * INNER), ups(3 * HIDDEN)
     norm: dict[str, Any] = {"factor": weight, "segments": (HIDDEN,), "eps": 1e-5, "quantise": True} | some
     back: dict[str, Any] = {"weight": weight, "rstd": rstd, "residual": x} | some
     largest = dh.abs().amax(1).float()
@@ -156,6 +158,7 @@ def adapter_kernels(rank: int, count: int) -> Iterator[Piece]:
         ("norm backward, q/k/v", lambda: ops.norm_backward(x, x, low=three, down=a3, projected=three, **back)),
         ("norm backward, gate/up", lambda: ops.norm_backward(x, x, low=two, down=a2, projected=two, **back)),
         ("gradient of B of o", lambda: ops.rank_gradient(x, one, (HIDDEN,), groups)),
+        ("gradient of A of o", lambda: ops.down_gradient(one, x, groups)),
         ("low-rank part of o's input gradient", lambda: ops.add_low_rank_(x, one, a1, groups)),
     ]  # fmt: skip
     for name, run in ops_of:
@@ -164,13 +167,14 @@ def adapter_kernels(rank: int, count: int) -> Iterator[Piece]:
 
 def by_rank(ranks: list[int]) -> None:
     """A table: a row for each op, a column for each rank of one adapter and of eight."""
-    columns = [(rank, count) for count in (1, 8) for rank in ranks]
+    columns = [(rank,) * count for count in (1, 8) for rank in ranks] + [(4, 4, 8, 8, 16, 16, 32, 32)]
+    names = [f"{len(column)} x {'/'.join(map(str, sorted(set(column))))}" for column in columns]
     rows: dict[str, list[float]] = {}
-    for rank, count in columns:
-        for name, run, _ in adapter_kernels(rank, count):
+    for column, title in zip(columns, names, strict=True):
+        for name, run, _ in adapter_kernels(column):
             rows.setdefault(name, []).append(do_bench(run, warmup=8, rep=30, return_mode="median") * 1e3)
-        print(f"rank {rank}, adapters {count}: {sum(times[-1] for times in rows.values()):.0f} us", flush=True)
-    print("| us | " + " | ".join(f"r {rank}, {count} adapters" for rank, count in columns) + " |")
+        print(f"{title}: {sum(times[-1] for times in rows.values()):.0f} us", flush=True)
+    print("| us, adapters x rank | " + " | ".join(names) + " |")
     for name, times in [*rows.items(), ("all", [sum(column) for column in zip(*rows.values(), strict=True)])]:
         print(f"| {name} | " + " | ".join(f"{time:.0f}" for time in times) + " |")
 
