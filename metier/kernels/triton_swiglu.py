@@ -40,6 +40,13 @@ def _low_rank(value, low, rows, stride, offset, up_block, row_mask, ranks, rank,
 
 
 @triton.jit
+def _sum(total, tile, low, PRECISION: tl.constexpr, BM: tl.constexpr):
+    """total + tile^T low. Of 32 rows the product ends here, as in `triton_rows._scaled_rows`: `low` is read twice."""
+    total = tl.dot(tl.trans(tile), low, total, input_precision=PRECISION)
+    return total if BM >= 64 else total + 0.0
+
+
+@triton.jit
 def _swiglu(gate_up, low, up, h_out, largest, table, num_rows, half, rank, width, rows_each, shares,
             GROUPED: tl.constexpr, HAS_LOW: tl.constexpr, FIND_LARGEST: tl.constexpr, PRECISION: tl.constexpr,
             EVEN: tl.constexpr, STAGES: tl.constexpr, BR: tl.constexpr, BM: tl.constexpr,
@@ -199,10 +206,10 @@ def _swiglu_backward(dh, gate_up, low, up, low_dh, down, factor, largest, up_sum
             )
             tl.atomic_max(largest + rows, tl.max(both, 1), row_mask, sem="relaxed")
         if HAS_LOW:
-            gate_sum = tl.dot(tl.trans(d_gate), low_gate, gate_sum, input_precision=PRECISION)
-            upper_sum = tl.dot(tl.trans(d_upper), low_upper, upper_sum, input_precision=PRECISION)
+            gate_sum = _sum(gate_sum, d_gate, low_gate, PRECISION, BM)
+            upper_sum = _sum(upper_sum, d_upper, low_upper, PRECISION, BM)
         if HAS_DOWN:
-            down_sum = tl.dot(tl.trans(h), low_next, down_sum, input_precision=PRECISION)
+            down_sum = _sum(down_sum, h, low_next, PRECISION, BM)
     if HAS_LOW:
         sum_at = up_sums + (turn * total + before) * 2 * half + cols[:, None] * rank + ranks[None, :]
         sum_mask = col_mask[:, None] & (ranks < rank)[None, :]

@@ -207,6 +207,46 @@ def test_rows_projected_while_they_are_quantised_are_the_same_each_time(num_rows
     assert all(torch.equal(low(), first) for _ in range(20))
 
 
+@pytest.mark.skipif(IS_INTERPRETED, reason="a race of the card's copies and products")
+@pytest.mark.parametrize("rank", [16, 32, 64])
+def test_sums_over_rows_are_the_same_each_time(rank: int) -> None:
+    from metier.kernels import triton_rows, triton_swiglu
+
+    num_rows, half, dtype = 4096, 4096, torch.bfloat16
+    gate_up, dh = normal(num_rows, 2 * half, dtype=dtype), normal(num_rows, half, dtype=dtype)
+    low, up = normal(num_rows, 2 * rank, dtype=dtype, scale=0.3), normal(2 * half, rank, dtype=dtype, scale=0.3)
+    a, low_dh = normal(rank, half, dtype=dtype, scale=0.1), normal(num_rows, rank, dtype=dtype)
+    both, weight, rstd = (
+        normal(2 * rank, half, dtype=dtype),
+        normal(half, dtype=dtype),
+        torch.rand_like(dh[:, 0]).float(),
+    )
+    rest: dict[str, Any] = {
+        "weight": weight,
+        "rstd": rstd,
+        "low": low,
+        "down": both,
+        "projected": low,
+        "residual": None,
+    }
+
+    def sums() -> list[torch.Tensor | None]:
+        back = triton_swiglu.swiglu_backward(
+            dh.clone(), gate_up.clone(), low, up, low_dh=low_dh, down=a, factor=None, quantise=False
+        )
+        return [back.up, back.down, *triton_rows.norm_backward(dh, dh, **rest)]
+
+    first = sums()
+    want = reference.swiglu_backward(
+        *exact(dh, gate_up, low, up), low_dh=low_dh.double(), down=a.double(), factor=None, quantise=False
+    )
+    assert want.up is not None and want.down is not None
+    for got, truth in zip(first, (want.up, want.down), strict=False):
+        assert got is not None and (got - truth).norm() <= 0.01 * truth.norm()
+    for _ in range(10):
+        assert all(x is not None and y is not None and torch.equal(x, y) for x, y in zip(first, sums(), strict=True))
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize(
     "shape", [(1, 7), (33, 5000)] if IS_INTERPRETED else [(1, 7), (33, 32000), (9, 128_256)], ids=str
