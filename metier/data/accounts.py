@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from metier.data.dedup import Merged, Pair, without
 from metier.data.lines import Source
 from metier.data.records import Record, Rejection
+from metier.data.spool import Spool
 from metier.errors import DataError
 
 EXAMPLES = 3
@@ -17,7 +18,7 @@ EXAMPLES = 3
 class Accounts:
     """The rows of `sources` on their way; `pairs` are near-duplicates, by their positions in `records`.
 
-    `forgotten`: the places (file, row) of rows that must not come back.
+    `spool` has the records' texts. `forgotten`: the places (file, row) of rows that must not come back.
     """
 
     sources: list[Source]
@@ -27,6 +28,7 @@ class Accounts:
     merged: list[Merged] = field(default_factory=list)
     pairs: list[Pair] = field(default_factory=list)
     forgotten: set[tuple[str, int]] = field(default_factory=set)
+    spool: Spool = field(default_factory=Spool)
 
     def reject(self, records: list[Record], problem: str) -> None:
         """Takes records out for a reason."""

@@ -94,10 +94,8 @@ def read_records(
 
     cleaned = Cleaned([])
     for done in workers.map(build_part, partitions(), recipe.clean):
-        cleaned.records += done.records
-        cleaned.rejected += done.rejected
-        for rule, places in done.found.items():
-            cleaned.found[rule] += places
+        done.records = [record.store(accounts.spool) for record in done.records]
+        cleaned.add(done)
     find_boilerplate(cleaned, recipe.clean)
     accounts.records, accounts.rejected = cleaned.records, accounts.rejected + cleaned.rejected
     return roles, cleaned
@@ -112,7 +110,8 @@ def build_part(part: Part, config: CleanConfig) -> Cleaned:
             if row.problem:
                 raise Rejected(row.problem)
             record = build_record(part.source, row, part.roles)
-            records.append(dataclasses.replace(record, method=part.method) if part.method else record)
+            record.method = part.method
+            records.append(record)
         except Rejected as error:
             place = Row(row.number, row.byte_offset, row.place)
             rejected.append(Rejection(part.source, place, str(error)))
