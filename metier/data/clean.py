@@ -53,9 +53,8 @@ class Cleaned:
     found: dict[str, Places] = field(default_factory=lambda: {rule: Places() for rule in (*RULES, *LEFT_OUT_BY)})
 
     def add(self, part: Cleaned) -> None:
-        """What was made of some more records."""
+        """What was made of some more records; those that were rejected are the caller's."""
         self.records += part.records
-        self.rejected += part.rejected
         for rule, places in part.found.items():
             self.found[rule].count += places.count
             self.found[rule].first = (self.found[rule].first + places.first)[:EXAMPLES]

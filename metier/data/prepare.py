@@ -144,7 +144,7 @@ def _make(
     files, forgotten = find_files(recipe), forgotten_places(read_forgotten(out), digests)
     privacy = open_privacy(recipe.privacy, domain_policy=_domain_policy(recipe), seed=seed)
     folder = next(parent for parent in out.absolute().parents if parent.exists())
-    accounts = Accounts([*files.sources, *files.general], forgotten=forgotten, spool=Spool(folder))
+    accounts = Accounts([*files.sources, *files.general], Spool(folder), forgotten)
     roles, cleaned = read_records(accounts, files, recipe, privacy=privacy, workers=workers, progress=progress)
     details["privacy"], review = privacy.rewrite_records(accounts.records, workers, progress)
     accounts.refuse_too_few()
@@ -308,8 +308,8 @@ def _describe_all(
     total = {what: sum(c[what] for c in counts.values()) for what in ("rows", "kept", "merged", "rejected")}
     return {
         "counts": total | {"synthetic": methods.total()},
-        "rejected_by_reason": accounts.by_reason(),
-        "rejected_examples": accounts.rejected_examples(),
+        "rejected_by_reason": accounts.rejected.by_reason(),
+        "rejected_examples": accounts.rejected.examples(),
         "merged_by_kind": dict(sorted(Counter(item.how for item in accounts.merged).items())),
         "near_duplicate_pairs": len(accounts.pairs),
         "synthetic_by_method": dict.fromkeys(recipe.augment.methods, 0) | dict(sorted(methods.items())),

@@ -99,10 +99,9 @@ class Record:
     def answer(self) -> str:
         return self._load()[1][-1]["content"]
 
-    def store(self, spool: Spool) -> Record:
-        """The record itself, its texts on disk from now on."""
+    def store(self, spool: Spool) -> None:
+        """Puts the texts on disk."""
         self._put(spool, self._load())
-        return self
 
     def rewrite(self, messages: list[Message], group_id: str | None, removed: Removed) -> None:
         """Gives the record other texts."""

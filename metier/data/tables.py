@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 from collections.abc import Iterable, Iterator, Sequence
+from itertools import islice
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -177,17 +178,13 @@ def _messages(records: list[Record]) -> polars.Series:
     return grouped["messages"]
 
 
-def rejected_table(rejected: list[Rejection]) -> polars.DataFrame:
+def rejected_table(rejected: Iterable[Rejection]) -> polars.DataFrame:
     """The rows of rejected.parquet."""
-    return polars.DataFrame(
-        {
-            "source_file": [item.source.name for item in rejected],
-            "source_row": [item.row.number for item in rejected],
-            "byte_offset": [item.row.byte_offset for item in rejected],
-            "reason": [item.reason for item in rejected],
-        },
-        schema=REJECTED_SCHEMA,
-    )
+    rows = ((item.source.name, item.row.number, item.row.byte_offset, item.reason) for item in rejected)
+    frames = [polars.DataFrame(schema=REJECTED_SCHEMA)]
+    while some := list(islice(rows, AT_ONCE)):
+        frames.append(polars.DataFrame(some, schema=REJECTED_SCHEMA, orient="row"))
+    return polars.concat(frames, rechunk=True)
 
 
 def merged_into(merged: list[Merged]) -> list[Record]:
