@@ -104,6 +104,10 @@ def _scaled_rows(x, factor, down, largest_in, target, scale_out, low, bounds, nu
             weight = tl.load(down + cols[:, None] * down_stride_n + ranks[None, :] * down_stride_r,
                              col_mask[:, None] & (ranks < rank)[None, :], other=0.0)  # fmt: skip
             acc = tl.dot(raw, weight, acc, input_precision=PRECISION)
+            if QUANTISE:
+                # A use of the sum, which makes the product end here. Of a tile that is read twice Triton 3.6 keeps one
+                # buffer less than it loads ahead, and overwrites it while a product that runs on still reads it.
+                acc += 0.0
     if HAS_DOWN:
         tl.store(low + (chunk * num_rows + rows)[:, None] * (SEGMENTS * rank) + segment * rank + ranks[None, :],
                  acc.to(low.dtype.element_ty), row_mask[:, None] & (ranks < rank)[None, :])  # fmt: skip

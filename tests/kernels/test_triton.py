@@ -187,6 +187,25 @@ def test_swiglu_forward_and_backward(dtype: torch.dtype, shape: tuple[int, int],
     close(back.down, truth.down, dtype, None if low_dh64 is None else size_of_gradient(low_dh64, h, (rank,)))
 
 
+@pytest.mark.skipif(IS_INTERPRETED, reason="a race of the card's copies and products")
+@pytest.mark.parametrize("rank", [1, 16, 40, 64])
+@pytest.mark.parametrize("num_rows", [65, 130, 2048, 8192])
+def test_rows_projected_while_they_are_quantised_are_the_same_each_time(num_rows: int, rank: int) -> None:
+    from metier.kernels import triton_rows
+
+    x, down = normal(num_rows, 11008, dtype=torch.bfloat16), normal(11008, rank, dtype=torch.bfloat16, scale=0.1)
+    largest = x.float().abs().amax(1)
+
+    def low() -> torch.Tensor:
+        found = triton_rows.project_rows(x, down=down, segments=(11008,), quantise=True, largest=largest).low
+        assert found is not None
+        return found
+
+    first = low()
+    close(first, (x.double() @ down.double()), torch.bfloat16)
+    assert all(torch.equal(low(), first) for _ in range(20))
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize(
     "shape", [(1, 7), (33, 5000)] if IS_INTERPRETED else [(1, 7), (33, 32000), (9, 128_256)], ids=str
