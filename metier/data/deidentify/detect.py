@@ -98,9 +98,9 @@ def _read(text: str, zh: bool, en: bool, more: Sequence[str]) -> tuple[list[Span
     marked = find_with_models(text, more, latin=latin) if more else []
     if zh and _HAN.search(text):
         names, terms, cut = find_chinese_names(text)
-        found = [*names, *find_places(text), *find_organisations(text, cut)]
-        found += [s for s in marked if _HAN.search(text, s.start, s.end)]
+        found = [*names, *(s for s in marked if _HAN.search(text, s.start, s.end))]
         spans += [s for s in found if s.score >= 0.9 or not _touches(s, terms)]
+        spans += [s for s in (*find_places(text), *find_organisations(text, cut)) if not _inside(s, terms)]
     if latin:
         words = _NO_WORD.sub(lambda match: "x" * len(match.group()), text)
         found, terms = find_english(words)
