@@ -22,7 +22,7 @@ from typing import Any
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
 COUNT, RECORDS, TOKENS, RANK = 8, 2, 512, 16
-WARM_UP, STEPS = 5, 8
+WARM_UP, STEPS = 9, 8
 STORAGE = {"fp8": "fp8", "bf16": "dense"}
 EACH = float(os.environ.get("EACH", "75"))
 

@@ -19,8 +19,9 @@ from torch.utils.checkpoint import checkpoint
 from metier.kernels.attention import Documents, takes_flash
 from metier.kernels.dropout import Dropout
 from metier.kernels.frozen import DenseWeight, Fp8Weight, joined, stack
+from metier.kernels.groups import MAX_GROUPED_RANK, Groups
 from metier.kernels.loss import Head, head_losses
-from metier.kernels.reference import MAX_GROUPED_RANK, Groups, Heads, Rotation
+from metier.kernels.reference import Heads, Rotation
 from metier.model.graphs import GraphedPasses
 from metier.model.layers import Layer, Part, Site, Treatment, run_layer
 from metier.model.lora import Adapter, LoRALinear, scaling_of
@@ -74,14 +75,13 @@ class FusedModel:
         sites = self._sites
         for site in sites:
             site.parts = [_part(site, adapter) for adapter in adapters]
-        self.num_adapters = len(adapters)
+        self.ranks = tuple(adapter.config.rank for adapter in adapters)
         self.dropout = adapters[0].config.dropout if len(adapters) == 1 else 0.0
         self.images = [image for site in sites for image in site.images(self.head.dtype, self.head.device)]
         # The rotary module of these kinds asks the host how long the row is.
         is_static = getattr(self.decoder.rotary_emb, "rope_type", "default") not in ("dynamic", "longrope")
         self.only = 0
-        rank = max((part.rank for site in sites for part in site.parts), default=0)
-        self.is_grouped = len(adapters) > 1 and self.head.is_cuda and rank <= MAX_GROUPED_RANK
+        self.is_grouped = len(adapters) > 1 and self.head.is_cuda and max(self.ranks) <= MAX_GROUPED_RANK
         own = [p for site in sites for p in site.parameters] if len(adapters) == 1 else []
         can_record = self.is_flash and is_static and not self.shards and (len(adapters) == 1 or self.is_grouped)
         self.graphs = GraphedPasses(self, own) if can_record else None
@@ -135,7 +135,7 @@ class FusedModel:
     def losses(self, batch: Batch, spans: tuple[tuple[int, int, int], ...] = ()) -> torch.Tensor:
         """Cross-entropy in nats of each supervised position, [N] fp32, not weighted.
 
-        `spans` are the adapters' rows, where there are several adapters (`metier.kernels.reference.Groups`).
+        `spans` are the adapters' rows, where there are several adapters (`metier.kernels.groups.Groups`).
         """
         documents = Documents.of(batch.lengths, batch.input_ids.device, is_flash=self.is_flash)
         groups = self._groups(spans, batch.input_ids.shape[1])
@@ -184,9 +184,9 @@ class FusedModel:
         return Treatment(groups, Dropout(self.dropout, row_keys))
 
     def _groups(self, spans: tuple[tuple[int, int, int], ...], num_rows: int) -> Groups | None:
-        if self.num_adapters < 2:
+        if len(self.ranks) < 2:
             return None
-        groups = Groups(spans or ((self.only, 0, num_rows),), self.num_adapters)
+        groups = Groups(spans or ((self.only, 0, num_rows),), self.ranks)
         return groups.on(self.head.device) if self.is_grouped else groups
 
     def _last(self) -> Head:

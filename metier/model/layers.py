@@ -7,6 +7,7 @@ next. No gradient of a frozen weight is formed, and nothing is kept that is chea
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -17,7 +18,8 @@ from metier.kernels import ops
 from metier.kernels.attention import Documents, attend
 from metier.kernels.dropout import Dropout
 from metier.kernels.frozen import FrozenWeight
-from metier.kernels.reference import Groups, Heads, Rotation, Rows
+from metier.kernels.groups import Groups
+from metier.kernels.reference import Heads, Rotation, Rows
 
 Gradients = list[torch.Tensor | None]
 
@@ -41,9 +43,9 @@ class Site:
 
     `ends` are the layers' ends in the output, `names` the layers' in the model. Of one adapter, down [n R, I] holds the
     layers' A, up [O, R] their B times the scaling, both in the model's dtype; None where none of the layers has an
-    adapter. Of several they are stacked, [J, n R, I] and [J, O, R], with R the largest rank and zeros beyond a smaller,
-    and `totals` are the sums of their gradients, with `places` for each parameter. `inputs` are the parameters that a
-    pass hangs on.
+    adapter. Of several they lie one behind the other, each in its own rank (`metier.kernels.groups`), and `totals` are
+    the sums of their gradients, with `places` for each parameter and what its sum is multiplied by. `inputs` are the
+    parameters that a pass hangs on.
     """
 
     weight: FrozenWeight
@@ -54,12 +56,7 @@ class Site:
     up: torch.Tensor | None = None
     inputs: list[nn.Parameter] = field(default_factory=list)
     totals: tuple[torch.Tensor, ...] | None = None
-    scalings: torch.Tensor | None = None
-    places: list[tuple[nn.Parameter, torch.Tensor]] = field(default_factory=list)
-
-    @property
-    def rank(self) -> int:
-        return max(part.rank for part in self.parts)
+    places: list[tuple[nn.Parameter, torch.Tensor, float]] = field(default_factory=list)
 
     @property
     def parameters(self) -> list[nn.Parameter]:
@@ -71,37 +68,32 @@ class Site:
 
     def images(self, dtype: torch.dtype, device: torch.device) -> list[tuple[torch.Tensor, nn.Parameter, float]]:
         """Makes `down` and `up`; where each master is copied to, and by what it is multiplied."""
-        self.down = self.up = self.totals = self.scalings = None
+        self.down = self.up = self.totals = None
         self.places = []
-        parameters, count = self.parameters, len(self.parts)
-        self.inputs = parameters if count == 1 else parameters[:1]
+        parameters, is_one = self.parameters, len(self.parts) == 1
+        self.inputs = parameters if is_one else parameters[:1]
         if not parameters:
             return []
-        shapes = (count, len(self.ends) * self.rank, self.weight.shape[1]), (count, self.weight.shape[0], self.rank)
-        down, up = (torch.zeros(shape, dtype=dtype, device=device) for shape in shapes)
-        found = []
-        for number, part in enumerate(self.parts):
-            places = self._places(part, down[number], up[number])
-            scales = (1.0, part.scaling) * (len(places) // 2)
-            found += [(place, parameter, scale) for (parameter, place), scale in zip(places, scales, strict=True)]
-        self.down, self.up = (down, up) if count > 1 else (down[0], up[0])
-        if count > 1:
+        ranks, (size, width) = [part.rank for part in self.parts], self.weight.shape
+        shapes = (len(self.ends) * sum(ranks), width), (size, ranks[0]) if is_one else (size * sum(ranks),)
+        self.down, self.up = (torch.zeros(shape, dtype=dtype, device=device) for shape in shapes)
+        if not is_one:
             wide = torch.promote_types(dtype, torch.float32)
             self.totals = tuple(torch.zeros(shape, dtype=wide, device=device) for shape in shapes)
-            scalings = [part.scaling for part in self.parts]
-            self.scalings = torch.tensor(scalings, dtype=wide, device=device)[:, None, None]
-            for part, *own in zip(self.parts, *self.totals, strict=True):
-                self.places += self._places(part, *own)
-        return found
+            self.places = self._places(*self.totals)
+        return [(place, parameter, scale) for parameter, place, scale in self._places(self.down, self.up)]
 
-    def _places(self, part: Part, down: torch.Tensor, up: torch.Tensor) -> list[tuple[nn.Parameter, torch.Tensor]]:
-        """The A and B of each layer that an adapter has, with their places in its `down` and `up`."""
-        found, start = [], 0
-        for j, (end, pair) in enumerate(zip(self.ends, part.masters, strict=True)):
-            if pair is not None:
-                found.append((pair[0], down[j * self.rank : j * self.rank + part.rank]))
-                found.append((pair[1], up[start:end, : part.rank]))
-            start = end
+    def _places(self, down: torch.Tensor, up: torch.Tensor) -> list[tuple[nn.Parameter, torch.Tensor, float]]:
+        """Each A and B with its place in what is laid out as `down` and `up`, and the scaling of it."""
+        found, before, count = [], 0, len(self.ends)
+        for part in self.parts:
+            after = before + part.rank
+            downs = down[count * before : count * after].chunk(count)
+            block = up if up.dim() == 2 else up.view(-1, self.weight.shape[0])[before:after].view(-1, part.rank)
+            for own, (start, end), pair in zip(downs, itertools.pairwise((0, *self.ends)), part.masters, strict=True):
+                if pair is not None:
+                    found += [(pair[0], own, 1.0), (pair[1], block[start:end], part.scaling)]
+            before = after
         return found
 
     @property
@@ -127,12 +119,11 @@ class Site:
             return []
         assert down is not None and up is not None
         if groups is not None:
-            assert self.totals is not None and self.scalings is not None
-            self.totals[0].add_(down)
-            self.totals[1].addcmul_(up, self.scalings)
+            assert self.totals is not None
+            torch._foreach_add_(self.totals, (down, up))
             return [None]
         up.mul_(self.parts[0].scaling)
-        return [grad for _, grad in self._places(self.parts[0], down, up)]
+        return [grad for _, grad, _ in self._places(down, up)]
 
     def project_dropped(self, x: torch.Tensor, dropout: Dropout, **norm: torch.Tensor) -> torch.Tensor | None:
         """The projection [M, n R] of one adapter's input, each layer's after a mask of its own; see `drop_rows`."""
@@ -154,15 +145,18 @@ class Site:
             self.parts[0].numbers, low.chunk(len(self.ends), 1), self.down.chunk(len(self.ends)), strict=True
         ):
             own = own.contiguous()
-            grads.append(ops.rank_gradient(own, ops.drop_rows(x, dropout, number, **norm), (self.rank,), None))
+            grads.append(ops.down_gradient(own, ops.drop_rows(x, dropout, number, **norm), None))
             if target is not None:
                 ops.drop_rows(own @ down, dropout, number, into=target)
         return torch.cat(grads)
 
     def settle(self) -> None:
-        """Hands `totals` to the parameters of several adapters as their `.grad`."""
-        for parameter, total in self.places:
-            parameter.grad = total.to(parameter.dtype).contiguous()
+        """Hands `totals`, scaled, to the parameters of several adapters as their `.grad`."""
+        scaled = [(total, scaling) for _, total, scaling in self.places if scaling != 1]
+        if scaled:
+            torch._foreach_mul_([total for total, _ in scaled], [scaling for _, scaling in scaled])
+        for parameter, total, _ in self.places:
+            parameter.grad = total.to(parameter.dtype)
 
     def rank_gradient(self, dy: torch.Tensor, low: torch.Tensor | None, groups: Groups | None) -> torch.Tensor | None:
         """The gradient of `up` from dy [M, O] and low = x A^T [M, n R]."""
@@ -274,7 +268,7 @@ class _Queries(torch.autograd.Function):
             down_grad = site.dropped_backward(rows.low, treatment.dropout, None, x, rstd=rstd, factor=layer.input_norm)
         elif rows.low is not None:
             scaled = (rows.low * rstd[:, None]).to(x.dtype)
-            down_grad = ops.rank_gradient(scaled, x, (scaled.shape[1],), groups) * layer.input_norm
+            down_grad = ops.down_gradient(scaled, x, groups) * layer.input_norm
         return dx, None, None, None, *site.gradients(down_grad, up_grad, groups)
 
 
@@ -303,7 +297,7 @@ class _Output(torch.autograd.Function):
             down_grad = site.dropped_backward(rows.low, treatment.dropout, d_attention, attention)
         elif rows.low is not None:
             ops.add_low_rank_(d_attention, rows.low, site.down, groups)
-            down_grad = ops.rank_gradient(rows.low, attention, (site.rank,), groups)
+            down_grad = ops.down_gradient(rows.low, attention, groups)
         return dy, d_attention, None, None, *site.gradients(down_grad, up_grad, groups)
 
 
