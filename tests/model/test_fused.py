@@ -228,3 +228,24 @@ def test_several_adapters_get_the_gradients_of_their_own_runs(kind: Kind, recomp
             assert got is not None
             assert grad.norm() > 0
             assert (got - grad).norm() <= 1e-11 * grad.norm(), (number, name)
+
+
+def test_adapters_of_unlike_ranks_take_the_bytes_of_their_own_parameters() -> None:
+    model = tiny_model("llama2")[0].bfloat16()
+    adapters = [new_adapter(model, AdapterConfig(rank=rank), seed=rank) for rank in (2, 16, 5)]
+    num_parameters = sum(adapter.num_parameters for adapter in adapters)
+    fused = fuse(model, *adapters)
+    assert fused is not None
+    sites = [site for layer in fused.layers for site in layer.sites]
+    images = [matrix for site in sites for matrix in (site.down, site.up) if matrix is not None]
+    sums = [total for site in sites for total in site.totals or ()]
+    assert sum(image.nbytes for image in images) == 2 * num_parameters
+    assert sum(total.nbytes for total in sums) == 4 * num_parameters
+    batch, spans, _ = side_by_side([(0, pack_batches(random_records(2, model.config.vocab_size), 10_000, 99)[0])])
+    fused.clear()
+    fused.accumulate_each(batch, torch.ones(batch.num_loss_tokens), spans)
+    fused.settle()
+    places = {total.untyped_storage().data_ptr() for total in sums}
+    for adapter in adapters:  # the gradients are those sums, not copies
+        assert all(p.grad is not None and p.grad.untyped_storage().data_ptr() in places
+                   for p in adapter.parameters.values())  # fmt: skip
