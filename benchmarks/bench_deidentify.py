@@ -215,7 +215,7 @@ SYSTEMS: dict[str, Callable[[], Detector]] = {
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--system", nargs="+", choices=list(SYSTEMS), default=["rules"])
-    parser.add_argument("--fresh", action="store_true", help="the second held-out sets alone")
+    parser.add_argument("--fresh", nargs="+", default=[], help="these held-out sets alone: fresh_en.txt ...")
     for name in ("presidio-raw", "synth", "medquad", "banking77"):
         parser.add_argument(f"--{name}", type=Path)
     arguments = parser.parse_args()
@@ -228,7 +228,8 @@ def run(system: str, arguments: argparse.Namespace) -> None:
     """All sets that were given, with one system."""
     detector = SYSTEMS[system]()
     if arguments.fresh:
-        for name, count in (("fresh_en.txt", RECORDS), *([("fresh_zh.txt", 2_500)] if system == "rules" else [])):
+        for name in arguments.fresh:
+            count = RECORDS if name.endswith("en.txt") else 2_500
             made, neutral = fresh(name, count, FRESH_SEED)
             score(name, made, detector, neutral)
         return

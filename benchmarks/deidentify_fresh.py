@@ -1,5 +1,5 @@
 # ruff: noqa: E501, SIM905
-"""The second held-out sets: fresh_en.txt and fresh_zh.txt -> records with planted identifiers, for bench_deidentify.py.
+"""The later held-out sets: fresh_en.txt, fresh_zh.txt and fresh_two_zh.txt -> records with planted identifiers, for bench_deidentify.py.
 
 Written after the recognizers were frozen and independent of the first sets: other sentences, names, streets and towns
 from mimesis 22.2.0 (25 locales; Icelandic, which no tuning set has, among them) instead of Faker, telephone numbers and
@@ -34,15 +34,22 @@ ROADS = "解放路 中山东路 建设大道 滨河街 学府路 光明巷 东�
     " "
 )
 ESTATES = "阳光花园 翠湖小区 锦绣家园 书香苑 金色公寓 望江苑 城南新村".split(" ")
+# For fresh_two_zh.txt: given names of three generations, written down from memory of real class lists and staff lists.
+GIVEN = """建国 建军 国强 志强 志刚 德福 德胜 永贵 长生 宝财 金山 福来 玉兰 桂英 秀珍 淑芬 凤霞 翠花 春梅 素琴 爱华 月娥 美玲 兰芝 玉珍 巧云
+海涛 晓东 立新 文革 卫东 红卫 向阳 跃进 新民 保国 铁柱 满仓 根生 水生 来福 小军 小红 晓燕 丽萍 红梅 艳丽 雪梅 海燕 莉莉 晓霞 春燕 慧敏 静怡
+俊杰 俊峰 子豪 子涵 子轩 浩然 浩宇 宇航 宇轩 明哲 明轩 博文 博涛 思远 思源 致远 文博 天宇 天佑 嘉豪 嘉懿 煜城 懿轩 鹏涛 炎彬 鹤轩 越泽 风华 靖琪
+雨桐 雨欣 梓萱 梓涵 欣怡 可馨 诗涵 诗琪 梦琪 梦瑶 忆柳 之桃 慕青 问兰 尔岚 元香 初夏 沛菡 傲珊 曼文 乐菱 痴珊 恨玉 惜文 香寒 新柔 语蓉 若汐 一诺 一鸣
+伟 芳 娜 敏 静 磊 洋 勇 艳 杰 娟 涛 超 霞 刚 平 辉 玲 鹏 华 飞 鑫 波 斌 宇 浩 凯 健 俊 帆 雪 莹 倩 丹 婷 慧 颖 琳 晨 阳 旭 昊 岩 峰 亮 松 龙 梅
+启明 守业 传志 继业 学军 学文 大伟 大勇 小虎 二妮 三毛 冬生 秋生 夏雨 春生 晓光 曙光 东升 西林 南燕 北辰 中华 定邦 安邦 治国 齐家 修文 知远 以沫 沐阳""".split()
 FIRMS = "恒 瑞 鼎 泰 盛 和 宏 远 嘉 诚 博 联 锦 华 启 明".split(" ")
 TRADES = "建材 物流 餐饮管理 生物科技 装饰工程 电子商务 机械制造 教育咨询".split(" ")
 
 
 def fresh(name: str, count: int, seed: int) -> Made:
-    """`count` records of `fresh_en.txt` or `fresh_zh.txt`, every template equally often, and each one's neutral ranges."""
+    """`count` records of a fresh file, every template equally often, and each one's neutral ranges."""
     english = name.endswith("en.txt")
     rng = random.Random(f"{name}{seed}")
-    makers = english_makers(rng) if english else chinese_makers(rng)
+    makers = english_makers(rng) if english else chinese_makers(rng, hand_written="two" in name)
     templates = read_templates(name)
     positives = [t for t in templates if not t.startswith("!")]
     negatives = [t for t in templates if t.startswith("!")]
@@ -186,8 +193,8 @@ def english_makers(rng: random.Random) -> dict[str, Maker]:
     }  # fmt: skip
 
 
-def chinese_makers(rng: random.Random) -> dict[str, Maker]:
-    """Slot -> (type, maker)."""
+def chinese_makers(rng: random.Random, *, hand_written: bool) -> dict[str, Maker]:
+    """Slot -> (type, maker); given names of GIVEN where `hand_written`, else of mimesis."""
     from mimesis import Person
     from mimesis.locales import Locale
 
@@ -200,7 +207,9 @@ def chinese_makers(rng: random.Random) -> dict[str, Maker]:
         roll = rng.random()
         if roll < 0.04:
             return rng.choice(FAR)
-        return (rng.choice(DOUBLE) if roll < 0.10 else surname()) + str(person.first_name())
+        return (rng.choice(DOUBLE) if roll < 0.10 else surname()) + (
+            rng.choice(GIVEN) if hand_written else str(person.first_name())
+        )
 
     def firm() -> str:
         return f"{rng.choice(TOWNS)[3:5]}{rng.choice(FIRMS)}{rng.choice(FIRMS)}{rng.choice(TRADES)}有限{rng.choice(('', '责任'))}公司"
@@ -234,6 +243,7 @@ def chinese_makers(rng: random.Random) -> dict[str, Maker]:
         "name": ("PERSON", name),
         "surname": ("PERSON", surname),
         "org": ("ORGANIZATION", firm),
+        "city": ("", lambda: rng.choice(TOWNS)[3:6]),
         "address": ("ADDRESS", address),
         "mobile": ("PHONE", mobile),
         "mobile_spaced": ("PHONE", lambda: spaced(mobile(), (3, 4), rng.choice("- "))),

@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import gzip
 import json
+import math
 import re
 import sys
 from collections import Counter
@@ -29,6 +30,8 @@ LAST_NAMES = 30_000
 CITY_POPULATION = 30_000
 MIN_MEDICAL_COUNT = 2
 MIN_CHINESE_COUNT = 20
+MIN_LOG_ODDS, STRONG_LOG_ODDS = -0.5, 1.2  # of a character in given names against words
+STRONG_LISTS = ("zh_given_strong", "zh_given_stronger")
 FREQUENT = 12_000
 
 
@@ -56,9 +59,14 @@ def main(folder: Path, medquad: Path) -> None:
 
 
 def chinese(dictionary: Path) -> None:
-    """Words of two and three characters that begin like a name, but for those whose other characters names love."""
+    """Words of two and three characters that begin like a name, but for those whose other characters names love.
+
+    And what given names in the dictionary are made of: characters at least MIN_LOG_ODDS likelier there than in words
+    (zh_given_more.txt), and those STRONG_LOG_ODDS likelier (zh_given_stronger.txt).
+    """
     surnames = set((LISTS / "zh_surnames.txt").read_text(encoding="utf-8").split())
-    strong = set((LISTS / "zh_given_strong.txt").read_text(encoding="utf-8").splitlines()[-1])
+    _given_characters(dictionary, surnames)
+    strong = set("".join((LISTS / f"{name}.txt").read_text(encoding="utf-8") for name in STRONG_LISTS))
     found = []
     for line in dictionary.read_text(encoding="utf-8").splitlines():
         word, count, tag = line.split()
@@ -67,6 +75,26 @@ def chinese(dictionary: Path) -> None:
             found += [word] if set(word[1:]) - strong else []
     head = "# Words that begin with a surname's character; from jieba's dictionary (MIT).\n"
     (LISTS / "zh_dictionary.txt").write_text(head + " ".join(sorted(found)) + "\n", encoding="utf-8")
+
+
+def _given_characters(dictionary: Path, surnames: set[str]) -> None:
+    in_names, in_words = Counter[str](), Counter[str]()
+    for line in dictionary.read_text(encoding="utf-8").splitlines():
+        word, count, tag = line.split()
+        if tag == "nr" and len(word) in (2, 3) and word[0] in surnames:
+            in_names.update(word[1:])
+        elif not tag.startswith("nr") and len(word) > 1:
+            in_words.update(dict.fromkeys(word, min(int(count), 2_000)))
+    names, words = in_names.total(), in_words.total()
+    odds = {
+        char: math.log((count + 0.5) / names) - math.log((in_words[char] + 20) / words)
+        for char, count in in_names.items()
+    }
+    head = "# Characters of given names; from jieba's dictionary (MIT).\n"
+    for name, least, times in (("zh_given_more", MIN_LOG_ODDS, 3), ("zh_given_stronger", STRONG_LOG_ODDS, 5)):
+        found = sorted(char for char, value in odds.items() if value >= least and in_names[char] >= times)
+        (LISTS / f"{name}.txt").write_text(head + "".join(found) + "\n", encoding="utf-8")
+        print(f"{name}: {len(found):,}")
 
 
 def drugs(substances: Path) -> None:

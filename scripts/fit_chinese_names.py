@@ -1,11 +1,12 @@
 """Fits the weights of metier/data/deidentify/zh_name_weights.yaml: what speaks for a Chinese name, and how much.
 
-    python scripts/fit_chinese_names.py
+    python scripts/fit_chinese_names.py dict.txt
 
 Logistic regression over the marks of chinese.py. Examples: every candidate (a surname and one or two characters) in
-records made of benchmarks/deidentify/dev_zh.txt and tune_two_zh.txt, in half of them with names drawn at random, and
-in every second article of the bundled laws and the terms of the domains' packs, where nothing is a name. It also
-writes zh_words.txt: words of those articles that jieba tags as names or that no name is made like, and the words after
+records made of benchmarks/deidentify/dev_zh.txt and tune_two_zh.txt, in most of them with names drawn at random
+(surnames of the list, given names of people in dict.txt, which is that of the PyPI package jieba 0.42.1), and in every
+second article of the bundled laws and the terms of the domains' packs, where nothing is a name. It also writes
+zh_words.txt: words of those articles that jieba tags as names or that no name is made like, and the words after
 `# by hand`. The held-out templates are not read.
 """
 
@@ -48,7 +49,8 @@ def main() -> None:
     rare = "".join(sorted(set("".join(laws))))
     rare = "".join(char for char in rare if "\u4e00" <= char <= "\u9fff")
     tuning = [record for name in ("dev_zh.txt", "tune_two_zh.txt") for record in records(name, RECORDS, 7)]
-    made = [_renamed(record, rng, Planted, rare) for record in tuning]
+    given = _given_names(Path(sys.argv[1]))
+    made = [_renamed(record, rng, Planted, rare, given) for record in tuning]
     for text, spans, negative in [(r.text, r.spans, r.negative) for r in made] + [
         (law, (), False) for law in laws + _terms()
     ]:
@@ -97,9 +99,22 @@ def _candidates(text: str, spans: tuple[tuple[int, int, str], ...]) -> list[tupl
     return out
 
 
-def _renamed(record: Any, rng: random.Random, planted: Any, rare: str) -> Any:
-    """In half of the records: the names replaced by a surname and given characters drawn at random, 5 % from `rare`."""
-    if rng.random() < 0.5:
+def _given_names(dictionary: Path) -> list[str]:
+    """What stands behind the surname in the dictionary's names."""
+    found = []
+    for line in dictionary.read_text(encoding="utf-8").splitlines():
+        word, _, tag = line.split()
+        if tag == "nr" and 2 <= len(word) <= 3 and word[0] in word_set("zh_surnames"):
+            found.append(word[1:])
+    return found
+
+
+def _renamed(record: Any, rng: random.Random, planted: Any, rare: str, given: list[str]) -> Any:
+    """In three of four records: the names replaced by a surname and a given name drawn at random.
+
+    Two of three given names are of `given`, the others characters of the list, 5 % of them from `rare`.
+    """
+    if rng.random() < 0.25:
         return record
     text, spans, last = "", [], 0
     for start, end, kind in record.spans:
@@ -107,7 +122,8 @@ def _renamed(record: Any, rng: random.Random, planted: Any, rare: str) -> Any:
         if kind == "PERSON" and len(value) > 1 and "·" not in value:
             surnames = words("zh_surnames")[: 200 if rng.random() < 0.8 else None]
             pools = (words("zh_given")[0] if rng.random() < 0.95 else rare for _ in range(rng.choice((1, 2, 2))))
-            value = rng.choice(surnames) + "".join(rng.choice(pool) for pool in pools)
+            drawn = rng.choice(given) if rng.random() < 0.67 else "".join(rng.choice(pool) for pool in pools)
+            value = rng.choice(surnames) + drawn
         text += record.text[last:start]
         spans.append((len(text), len(text) + len(value), kind))
         text, last = text + value, end
@@ -119,7 +135,7 @@ def _write_words(laws: list[str]) -> None:
 
     path = FOLDER / "lists" / "zh_words.txt"
     by_hand = path.read_text(encoding="utf-8").split("# by hand\n")[-1]
-    strong = characters("zh_given_strong")
+    strong = characters("zh_given_strong") | characters("zh_given_stronger")
     tagged = {
         word
         for law in laws

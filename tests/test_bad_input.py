@@ -707,10 +707,10 @@ def test_a_full_disk_is_refused_and_nothing_half_made_stays(here: Path, tiny_bas
 
     before = tree(here)
     result = finish(start("prepare", "large.yaml", preexec_fn=little))
-    assert_refused(result, "records.parquet` could not be written: File too large")
+    assert_refused(result, "` could not be written: File too large")
     assert tree(here) == before
     result = finish(start("prepare", "large.yaml", "--out", "fresh", preexec_fn=little))
-    assert_refused(result, "records.parquet` could not be written: File too large")
+    assert_refused(result, "` could not be written: File too large")
     assert tree(here) == before
 
 

@@ -25,7 +25,8 @@ from metier.data.spool import Rows
 
 HASHES, BINS = 4, 32
 BITS = 5  # of a bin's number
-PAIRS_AT_ONCE = 4096
+# What is verified at once: so many pairs, and so many characters of their texts, which become 8 bytes each.
+PAIRS_AT_ONCE, CHARS_AT_ONCE = 4096, 2**21
 _EMPTY = np.uint32(0xFFFFFFFF)
 _ODD = np.array([0xD6E8FEB86659FD93, 0xA0761D6478BD642F, 0xE7037ED1A0B428DB, 0x8EBC6AF09C88C6E3], dtype=np.uint64)
 
@@ -155,15 +156,23 @@ def _agreeing(signatures: Rows, left: Ints, right: Ints, least: float) -> tuple[
 
 def _verified(texts: Sequence[str], template: Template, left: Ints, right: Ints, threshold: float) -> Pairs:
     similarity = np.zeros(len(left))
-    for start in range(0, len(left), PAIRS_AT_ONCE):
-        stop = min(start + PAIRS_AT_ONCE, len(left))
-        members = distinct(np.concatenate([left[start:stop], right[start:stop]]))
-        sets = dict(zip(members.tolist(), _shingle_sets([texts[m] for m in members.tolist()], template), strict=True))
+    start = 0
+    while start < len(left):
+        asked: dict[int, str] = {}
+        chars, stop = 0, start
+        while stop < len(left) and (chars < CHARS_AT_ONCE and stop - start < PAIRS_AT_ONCE):
+            for member in (int(left[stop]), int(right[stop])):
+                if member not in asked:
+                    asked[member] = texts[member]
+                    chars += len(asked[member])
+            stop += 1
+        sets = dict(zip(asked, _shingle_sets(list(asked.values()), template), strict=True))
         for pair in range(start, stop):
             one, other = sets[int(left[pair])], sets[int(right[pair])]
             both = np.sort(np.concatenate([one, other]))
             shared = int((both[1:] == both[:-1]).sum())
             similarity[pair] = shared / max(1, len(one) + len(other) - shared)
+        start = stop
     kept = similarity >= threshold
     return Pairs(left[kept], right[kept], similarity[kept])
 

@@ -56,6 +56,7 @@ from metier.data.tables import (
     parquet_bytes,
     records_frames,
     rejected_table,
+    rows_at_once,
     subjects_table,
     write_parquet,
 )
@@ -113,11 +114,12 @@ def prepare(
 
 @dataclass(frozen=True, slots=True)
 class Made:
-    """What is to be written: the rows of records.parquet some at a time, the other tables by name, the manifest's
+    """What is to be written: the rows of records.parquet, so many at a time, the other tables by name, the manifest's
     entries, and the records for a person to read, if any.
     """
 
     records: Iterator[polars.DataFrame]
+    rows: int
     tables: dict[str, polars.DataFrame]
     details: dict[str, Any]
     review: list[dict[str, Any]] | None
@@ -178,7 +180,7 @@ def _make(
         frames = chain(frames, [planted(tables["canaries"])])
     if not privacy.policy:
         del tables["subjects"]
-    return Made(frames, tables, details, review if privacy.policy else None)
+    return Made(frames, rows_at_once(identities.sizes), tables, details, review if privacy.policy else None)
 
 
 def _tables(
@@ -288,7 +290,7 @@ def _write(work: Path, made: Made) -> None:
     """The data set's files but for the manifest."""
     if made.review is not None:
         artifacts.write_atomic(work / "privacy_review.jsonl", review_lines(made.review))
-    write_parquet(work / "records.parquet", RECORDS_SCHEMA, made.records)
+    write_parquet(work / "records.parquet", RECORDS_SCHEMA, made.records, made.rows)
     for name, table in made.tables.items():
         artifacts.write_atomic(work / f"{name}.parquet", parquet_bytes(table))
     artifacts.write_atomic(work / "DATA_CARD.md", data_card(made.details).encode())

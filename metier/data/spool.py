@@ -13,6 +13,7 @@ import heapq
 import io
 import marshal
 import tempfile
+import threading
 import weakref
 from array import array
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -67,9 +68,13 @@ class _File:
 
 
 class Spool:
-    """Python's plain values (str, int, bytes, tuple, list, ...), each found again by its place."""
+    """Python's plain values (str, int, bytes, tuple, list, ...), each found again by its place.
+
+    Threads may share it: what is sent to other processes is read by a thread of its own.
+    """
 
     def __init__(self, folder: Path | None = None) -> None:
+        self._lock = threading.Lock()
         self.folder, self._file = folder, _File(folder)
         self._last: tuple[int, Any] = (-1, None)
         self._next = -1
@@ -82,21 +87,28 @@ class Spool:
 
     def put(self, value: Any) -> int:
         """Writes the value and returns its place."""
-        data, place = marshal.dumps(value), self._file.size
-        self._file.append(len(data).to_bytes(HEAD_BYTES, "little") + data)
+        data = marshal.dumps(value)
+        with self._lock:
+            place = self._file.size
+            self._file.append(len(data).to_bytes(HEAD_BYTES, "little") + data)
         return place
 
     def get(self, place: int, made: Callable[[Any], Any] = lambda value: value) -> Any:
         """What `made` makes of the value at a place. Not to be changed: who asks for it again gets the same one."""
-        if place != self._last[0]:
+        last = self._last
+        if place == last[0]:
+            return last[1]
+        with self._lock:
             at = place - self._begin
             if not (0 <= at < len(self._block) and _end(self._block, at) <= len(self._block)):
                 # Where values are asked for in order, many at once.
                 self._block, self._begin, at = self._read(place, place == self._next), place, 0
             end = _end(self._block, at)
             self._next = self._begin + end
-            self._last = (place, made(marshal.loads(self._block[at + HEAD_BYTES : end])))
-        return self._last[1]
+            data = self._block[at + HEAD_BYTES : end]
+        value = made(marshal.loads(data))
+        self._last = (place, value)
+        return value
 
     def between(self, start: int, stop: int) -> Iterator[Any]:
         """The values from one place to another, in order."""

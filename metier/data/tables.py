@@ -110,9 +110,17 @@ def records_frames(
     records: list[Record], identities: Identities, task: str, weights: dict[str, float]
 ) -> Iterator[polars.DataFrame]:
     """The rows of records.parquet, some at a time; `weights` has a label's weight in training."""
-    stops = [*_stops(identities.sizes), len(records)]
-    for start, stop in zip([0, *stops], stops, strict=False):
-        yield _group(records[start:stop], identities, identities.languages[start:stop], task=task, weights=weights)
+    step = rows_at_once(identities.sizes)
+    for start in range(0, max(1, len(records)), step):
+        rows = slice(start, start + step)
+        yield _group(records[rows], identities, identities.languages[rows], task=task, weights=weights)
+
+
+def rows_at_once(sizes: NDArray[np.int64]) -> int:
+    """How many rows of records.parquet are held and written at once: fewer where their texts are long."""
+    most = min(AT_ONCE, len(sizes))
+    heaviest = int(np.add.reduceat(sizes, np.arange(0, len(sizes), AT_ONCE)).max()) if most else 0
+    return AT_ONCE if heaviest <= BYTES_AT_ONCE else max(1, most * BYTES_AT_ONCE // heaviest)
 
 
 def _group(
@@ -262,8 +270,11 @@ def subjects_table(rows: Iterable[tuple[list[str], Sequence[Record]]]) -> polars
     return polars.concat(frames, rechunk=True)
 
 
-def write_parquet(path: Path, schema: dict[str, Any], frames: Iterator[polars.DataFrame]) -> None:
-    """A Parquet file, written frame after frame; the same frames give the same bytes. Raises `RunError`."""
+def write_parquet(path: Path, schema: dict[str, Any], frames: Iterator[polars.DataFrame], rows: int = AT_ONCE) -> None:
+    """A Parquet file, written frame after frame of so many rows; the same frames give the same bytes.
+
+    Raises `RunError`.
+    """
 
     def given(
         columns: list[str] | None, predicate: polars.Expr | None, rows: int | None, size: int | None
@@ -273,7 +284,9 @@ def write_parquet(path: Path, schema: dict[str, Any], frames: Iterator[polars.Da
     with atomic_file(path) as file:
         target = _Target(file)
         try:
-            register_io_source(given, schema=schema).sink_parquet(target, compression="zstd", maintain_order=True)  # type: ignore[call-overload]
+            register_io_source(given, schema=schema).sink_parquet(  # type: ignore[call-overload]
+                target, compression="zstd", maintain_order=True, row_group_size=rows if rows < AT_ONCE else None
+            )
         except polars.exceptions.ComputeError:
             raise target.error or RunError(f"`{path}` could not be written") from None
 

@@ -13,7 +13,6 @@ Limits: ranks up to `groups.MAX_GROUPED_RANK`; wider ones take the definitions.
 
 from __future__ import annotations
 
-import math
 from typing import NamedTuple
 
 import torch
@@ -27,14 +26,14 @@ from metier.kernels.groups import Groups
 def share_of(number, table, num_rows, rows_each, shares, GROUPED: tl.constexpr):
     """Of share `number`: the sum of the ranks before its adapter, the adapter's rank, first row, end, and its turn.
 
-    There may be no row between first and end. Of one adapter no rank is told. GROUPED: 0, or a divisor of all ranks.
+    There may be no row between first and end. Of one adapter no rank is told. GROUPED: 0, or a divisor of the ranks.
     """
     before, rank = number * 0, number * 0
     begin, end = 0, num_rows
     if GROUPED:
         at = table + 4 * (number // shares)
         begin, end = tl.load(at), tl.load(at + 1)
-        rank, before = tl.multiple_of(tl.load(at + 2), GROUPED), tl.multiple_of(tl.load(at + 3), GROUPED)
+        rank, before = tl.multiple_of(tl.load(at + 2), GROUPED), tl.load(at + 3)
         number = number % shares
     first = begin + number * rows_each
     return before, rank, first, tl.minimum(first + rows_each, end), number
@@ -43,7 +42,8 @@ def share_of(number, table, num_rows, rows_each, shares, GROUPED: tl.constexpr):
 class Shares(NamedTuple):
     """A launch: `each` of some adapters, whose widest has `rank`, has so many shares of `rows` rows.
 
-    `total` is the size of the grid's axis, `divisor` what `share_of` calls GROUPED.
+    `total` is the size of the grid's axis, `divisor` what `share_of` calls GROUPED. `alone` is the rank of one adapter,
+    and 0 where the card looks it up: kernels are compiled anew for other kinds of numbers.
     """
 
     table: torch.Tensor
@@ -51,6 +51,7 @@ class Shares(NamedTuple):
     each: int
     total: int
     rank: int
+    alone: int
     divisor: int
 
 
@@ -61,11 +62,15 @@ def cut(x: torch.Tensor, rows: int, groups: Groups | None, rank: int) -> list[Sh
     """
     if groups is None:
         each = triton.cdiv(x.shape[0], rows)
-        return [Shares(x, rows, each, each, rank, 0)]
+        return [Shares(x, rows, each, each, rank, rank, 0)]
     assert groups.table is not None
     each = triton.cdiv(groups.longest, rows)
-    return [Shares(groups.table[first:], rows, each, each * len(ranks), max(ranks),
-                   math.gcd(16, *groups.ranks)) for first, ranks in groups.classes()]  # fmt: skip
+    return [Shares(groups.table[first:], rows, each, each * len(ranks), max(ranks), 0, _divisor(ranks))
+            for first, ranks in groups.classes()]  # fmt: skip
+
+
+def _divisor(ranks: list[int]) -> int:
+    return next(number for number in (16, 4, 1) if all(rank % number == 0 for rank in ranks))
 
 
 def num_ranks(rank: int, groups: Groups | None) -> int:
@@ -95,7 +100,7 @@ def layout(
     return layers, groups.widest, (layers * matrix.stride(1), matrix.stride(0), matrix.stride(1))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["total", "shares"])
 def _sum_rows(wide, narrow, table, sums, num_rows, num_cols, layers, width, total, rows_each, shares,
               GROUPED: tl.constexpr, IS_UP: tl.constexpr,
               PRECISION: tl.constexpr, BR: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr):  # fmt: skip

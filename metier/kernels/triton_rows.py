@@ -53,7 +53,7 @@ def _whole_rows(x, factor, target, scale_out, rstd_out, num_rows, num_cols, x_st
     tl.store(target + rows[:, None] * num_cols + cols[None, :], value.to(target.dtype.element_ty), mask)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["shares"])
 def _scaled_rows(x, factor, down, largest_in, target, scale_out, low, table, num_rows, num_cols, rank, layers, width,
                  shares, x_stride, down_stride_j, down_stride_n, down_stride_r, end0, end1, chunks,
                  GROUPED: tl.constexpr, IS_UP: tl.constexpr, HAS_FACTOR: tl.constexpr, HAS_DOWN: tl.constexpr,
@@ -234,7 +234,7 @@ def _scale(
         chunks = block.pop("chunks")
         _scaled_rows[(some.total, len(segments) * chunks)](
             x, x if factor is None else factor, x if down is None else down, x if largest is None else largest, target,
-            x if scale is None else scale, low, some.table, num_rows, num_cols, some.rank * layers, layers, width,
+            x if scale is None else scale, low, some.table, num_rows, num_cols, some.alone * layers, layers, width,
             some.each, x.stride(0), *strides, *(*segments[:-1], 0, 0)[:2], chunks, GROUPED=some.divisor,
             IS_UP=down is not None and down.dim() == 1, SEGMENTS=len(segments), HAS_FACTOR=factor is not None,
             HAS_DOWN=down is not None, QUANTISE=scaled is not None, **block,
@@ -282,7 +282,7 @@ def _row_means(dz, x, rstd_in, weight, low, projected, means, num_rows, num_cols
     tl.store(means + rows, total / num_cols, row_mask)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["total", "shares"])
 def _norm_backward(dz, x, rstd_in, weight, low, down, means, residual, dx, down_sums, table, num_rows, num_cols,
                    rank, layers, width, total, rows_each, shares, GROUPED: tl.constexpr,
                    HAS_LOW: tl.constexpr, HAS_RESIDUAL: tl.constexpr, EVEN: tl.constexpr,
@@ -372,7 +372,7 @@ def norm_backward(
         own = some.rank * layers * is_fused
         _norm_backward[(blocks, some.total)](
             dz, x, rstd, weight, low, down if is_fused else dz, means, dz if residual is None else residual, dx,
-            down_sums, some.table, num_rows, num_cols, own, layers, width, total, some.rows, some.each,
+            down_sums, some.table, num_rows, num_cols, some.alone, layers, width, total, some.rows, some.each,
             GROUPED=some.divisor, HAS_LOW=is_fused, HAS_RESIDUAL=residual is not None,
             EVEN=is_even(x, groups) and num_cols % 64 == 0, PRECISION="ieee" if is_wide else "tf32",
             **_norm_block(own, is_wide),

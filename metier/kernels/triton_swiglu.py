@@ -46,7 +46,7 @@ def _sum(total, tile, low, PRECISION: tl.constexpr, BM: tl.constexpr):
     return total if BM >= 64 else total + 0.0
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["shares"])
 def _swiglu(gate_up, low, up, h_out, largest, table, num_rows, half, rank, width, rows_each, shares,
             GROUPED: tl.constexpr, HAS_LOW: tl.constexpr, FIND_LARGEST: tl.constexpr, PRECISION: tl.constexpr,
             EVEN: tl.constexpr, STAGES: tl.constexpr, BR: tl.constexpr, BM: tl.constexpr,
@@ -99,7 +99,7 @@ def swiglu(
     for some in _launches(h, groups, rank):
         _swiglu[(triton.cdiv(half, 64), some.total)](
             gate_up, h if low is None else low, h if low is None else up, h, h if largest is None else largest,
-            some.table, num_rows, half, some.rank, 2 * rank, some.rows, some.each, GROUPED=some.divisor,
+            some.table, num_rows, half, some.alone, 2 * rank, some.rows, some.each, GROUPED=some.divisor,
             HAS_LOW=low is not None, FIND_LARGEST=quantise, **_block(h, some.rank, groups), **_warps(h, some.rank),
         )  # fmt: skip
     segments = (half,) if down is not None else ()
@@ -145,7 +145,7 @@ def _add_low_rank_(gate_up: torch.Tensor, low: torch.Tensor, up: torch.Tensor | 
     return gate_up
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["total", "shares"])
 def _swiglu_backward(dh, gate_up, low, up, low_dh, down, factor, largest, up_sums, down_sums, table, num_rows, half,
                      rank, width, total, rows_each, shares, GROUPED: tl.constexpr, HAS_LOW: tl.constexpr,
                      HAS_DOWN: tl.constexpr, KEEP_H: tl.constexpr, FIND_LARGEST: tl.constexpr, PRECISION: tl.constexpr,
@@ -251,7 +251,7 @@ def swiglu_backward(
         _swiglu_backward[(triton.cdiv(half, 64), some.total)](
             dh, gate_up, low if sums_up else dh, up if sums_up else dh, low_dh if sums_down else dh,
             down if sums_down else dh, dh if factor is None else factor, dh if largest is None else largest,
-            up_sums, down_sums, some.table, num_rows, half, some.rank, rank, total, some.rows, some.each,
+            up_sums, down_sums, some.table, num_rows, half, some.alone, rank, total, some.rows, some.each,
             GROUPED=some.divisor, HAS_LOW=sums_up, HAS_DOWN=sums_down, KEEP_H=low_dh is not None and not is_fused,
             FIND_LARGEST=quantise, **_block(dh, some.rank, groups), **_backward_warps(dh, some.rank),
         )  # fmt: skip

@@ -20,7 +20,7 @@ MAX_FUSED_RANK = 128
 MAX_SUMMED_RANK = 64
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["shares"])
 def _add_low_rank(residual, y, low, up, out, table, num_rows, num_cols, rank, layers, width, shares,
                   up_stride_j, up_stride_n, up_stride_r, GROUPED: tl.constexpr, IS_UP: tl.constexpr,
                   HAS_RESIDUAL: tl.constexpr, HAS_LOW: tl.constexpr, PRECISION: tl.constexpr, BR: tl.constexpr,
@@ -67,9 +67,10 @@ def add_low_rank(
         own = some.rank * layers
         _add_low_rank[(some.total, triton.cdiv(num_cols, 128))](
             y if residual is None else residual, y, y if low is None else low, y if low is None else up, out,
-            some.table, num_rows, num_cols, own, layers, rank * layers, some.each, *strides, GROUPED=some.divisor,
-            IS_UP=up is not None and up.dim() == 1, HAS_RESIDUAL=residual is not None, HAS_LOW=low is not None,
-            PRECISION=_precision(y), BR=max(16, triton.next_power_of_2(own)), BM=64, BN=128, num_warps=4,
+            some.table, num_rows, num_cols, some.alone, layers, rank * layers, some.each, *strides,
+            GROUPED=some.divisor, IS_UP=up is not None and up.dim() == 1, HAS_RESIDUAL=residual is not None,
+            HAS_LOW=low is not None, PRECISION=_precision(y), BR=max(16, triton.next_power_of_2(own)), BM=64, BN=128,
+            num_warps=4,
         )  # fmt: skip
     return out
 
@@ -96,7 +97,7 @@ def _half_head(qkv, low, up, bias, rows, cols, row_mask, col_mask, num_cols, ran
     return value
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["shares"])
 def _rotate(qkv, low, up, bias, cos, sin, q_norm, k_norm, table, out, num_rows, num_cols, rank, num_low, num_q, num_kv,
             eps, shares, GROUPED: tl.constexpr,
             HALF: tl.constexpr, HAS_LOW: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_NORM: tl.constexpr,
@@ -149,7 +150,7 @@ def _before_norm(first, second, raw1, raw2, norm, at, col_mask, eps, HALF: tl.co
     return rstd * (first - raw1 * mean), rstd * (second - raw2 * mean)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["total", "shares"])
 def _rotate_backward(dq, dk, dv, qkv, low, up, bias, cos, sin, q_norm, k_norm, table, out,
                      factor, largest, up_sums, num_rows, num_cols, rank, num_low, num_q, num_kv, eps, total, rows_each,
                      shares, GROUPED: tl.constexpr, FIND_LARGEST: tl.constexpr, SUMS: tl.constexpr,
@@ -233,7 +234,7 @@ def rotate(
         options = _head_options(out, low, some.rank, heads, rotation)
         options |= {"BM": 32, "STAGES": 1 if out.dtype == torch.float32 else 3, "num_warps": 4}
         _rotate[(triton.cdiv(num_heads, HEADS_EACH), some.total)](
-            *_head_inputs(qkv, low, up, rotation, out), some.table, out, out.shape[0], out.shape[1], some.rank,
+            *_head_inputs(qkv, low, up, rotation, out), some.table, out, out.shape[0], out.shape[1], some.alone,
             3 * rank, heads.num_q, heads.num_kv, rotation.eps, some.each, GROUPED=some.divisor, HEADS=HEADS_EACH,
             **options,
         )  # fmt: skip
@@ -273,7 +274,7 @@ def rotate_backward(
         _rotate_backward[(num_heads, some.total)](
             dq, dk, dv, *_head_inputs(product, low, up, rotation, out), some.table, out,
             out if factor is None else factor, out if largest is None else largest, up_sums, num_rows, num_cols,
-            some.rank, 3 * rank, heads.num_q, heads.num_kv, rotation.eps, total, some.rows, some.each,
+            some.alone, 3 * rank, heads.num_q, heads.num_kv, rotation.eps, total, some.rows, some.each,
             GROUPED=some.divisor, FIND_LARGEST=factor is not None, SUMS=sums, **options,
         )  # fmt: skip
     up_grad = None

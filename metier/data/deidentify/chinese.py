@@ -54,13 +54,13 @@ def _compound() -> frozenset[str]:
 
 @cache
 def _given() -> frozenset[str]:
-    return characters("zh_given")
+    return characters("zh_given") | characters("zh_given_more")
 
 
 @cache
 def _strong() -> frozenset[str]:
     """Characters that given names use and little else."""
-    return characters("zh_given_strong")
+    return characters("zh_given_strong") | characters("zh_given_stronger")
 
 
 @cache
@@ -101,7 +101,10 @@ def find_chinese_names(text: str) -> tuple[list[Span], list[tuple[int, int]], li
 
     tagged: list[Token] = rjieba.tag(text)
     protected = [match.span() for match in _terms().finditer(text)]
-    return [*_dotted(text), *_names(text, tagged, protected), *_familiar(text, tagged)], protected, tagged
+    familiar = list(_familiar(text, tagged))
+    starts = {span.start for span in familiar}
+    names = [span for span in _names(text, tagged, protected) if span.start not in starts]
+    return [*_dotted(text), *names, *familiar], protected, tagged
 
 
 @dataclass(frozen=True, slots=True)
