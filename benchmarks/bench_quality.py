@@ -209,13 +209,23 @@ def peft_apart(saved: Path, path: Path, records: list[Any], dtype: Any) -> float
     return (apart / whole) ** 0.5
 
 
-def train_all(folder: Path, seeds: list[int]) -> None:
+def train_all(folder: Path, seeds: list[int], base: str) -> None:
     """All trainings side by side. Raises with the first failure's last lines."""
     environment = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
     running = {}
     for seed in seeds:
         for precision in PRECISIONS:
-            command = [sys.executable, __file__, "--folder", str(folder), "--work", precision, str(seed)]
+            command = [
+                sys.executable,
+                __file__,
+                "--folder",
+                str(folder),
+                "--base",
+                base,
+                "--work",
+                precision,
+                str(seed),
+            ]
             log = (folder / f"{precision}-{seed}.log").open("w")
             running[precision, seed] = subprocess.Popen(command, env=environment, stdout=log, stderr=log)
     for (precision, seed), process in running.items():
@@ -335,9 +345,11 @@ def main() -> None:
     parser.add_argument("--folder", type=Path, help="where the job and the trainings' results lie")
     parser.add_argument("--stage", choices=["job", "train", "report"], help="one stage alone")
     parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results")
+    parser.add_argument("--base", default=BASE, help="SmolLM2's alias, or its folder where nothing can be fetched")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--work", nargs=2, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
+    globals()["BASE"] = arguments.base
     folder = arguments.folder or Path(tempfile.mkdtemp())
     folder.mkdir(parents=True, exist_ok=True)
     if arguments.work:
@@ -345,7 +357,7 @@ def main() -> None:
     if arguments.stage in (None, "job"):
         make_job(folder)
     if arguments.stage in (None, "train"):
-        train_all(folder, arguments.seeds)
+        train_all(folder, arguments.seeds, arguments.base)
     if arguments.stage in (None, "report"):
         write_report(folder, arguments.machine, arguments.out, arguments.seeds)
 

@@ -57,6 +57,8 @@ class Rounding:
         embeddings, layer = self.model.get_input_embeddings(), self.layers[number]
         device = embeddings.weight.device
         if self._hidden is None:
+            if device.type == "cuda":
+                torch.cuda.empty_cache()  # cuSOLVER's own memory lies beside torch's
             self._hidden = embeddings(self.ids.to(device))
         inputs: dict[nn.Module, torch.Tensor] = {}
         hooks = [
