@@ -49,7 +49,7 @@ COMPANY_FORMS = {
     "sons", "pty", "bv", "nv", "ohg", "mbh", "kg", "co",
 }  # fmt: skip
 _THING = re.compile(
-    r"\b(?i:product|drug|file|brand|company|course|generic|medicine|item|field|host|table|test|trade)[ _](?i:names?)[:=]? ?$"
+    r"\b(?i:product|drug|file|brand|company|course|generic|medicine|item|field|host|table|trade)[ _](?i:names?)[:=]? ?$"
 )
 SURE_BESIDE = 0.6
 _FAR_HEAD = re.compile(
