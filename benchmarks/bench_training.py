@@ -5,7 +5,7 @@
     python benchmarks/bench_training.py report FILE           # the results file from lines that rows printed
     SHAPE=7b|8b|smol|70b BATCH=16 SEQ=512 STEPS=8             # environment of those
     python benchmarks/bench_training.py metier_fp8@8b metier_bf16@7b,2,4096     # shape, batch and length for one row
-    MORE="4x2048 2x4096 1x8192"                               # metier's rows measure these as well, in the same process
+    MORE="4x2048 2x4096 1x8192"                               # a row measures these as well, in the same process
 
 Rows that fit the card's memory together start together, and each waits after its warm-up until it is its turn: then the
 card is its alone.
@@ -147,6 +147,15 @@ def measure(name: str, step: Callable[[Any], Any]) -> None:
         profile(name, step, next(ids))
 
 
+def measure_sizes(name: str, step: Callable[[Any], Any]) -> None:
+    """`measure` at BATCH x SEQ and then at the sizes of MORE."""
+    global BATCH, SEQ
+    measure(name, step)
+    for size in os.environ.get("MORE", "").split():
+        BATCH, SEQ = map(int, size.split("x"))
+        measure(name, step)
+
+
 KINDS = (
     ("attention", ("flash", "fmha", "attention", "cudnn::fusion")),
     ("quantise, norm and LoRA down", ("_project_rows", "_scaled_rows", "_norm_backward", "_row_means")),
@@ -215,11 +224,7 @@ def metier(name: str, storage: str = "dense", *, micro: int = 1, **options: Any)
         at = torch.arange(rows * seq, device="cuda").view(rows, seq)[:, :-1].flatten()
         return PackedBatch(ids.reshape(1, -1), positions, at, ids[:, 1:].flatten(), (seq,) * rows)
 
-    global BATCH, SEQ
-    measure(name, lambda ids: train([packed(part) for part in ids.chunk(micro)]))
-    for size in os.environ.get("MORE", "").split():
-        BATCH, SEQ = map(int, size.split("x"))
-        measure(name, lambda ids: train([packed(part) for part in ids.chunk(micro)]))
+    measure_sizes(name, lambda ids: train([packed(part) for part in ids.chunk(micro)]))
 
 
 def uneven_lengths(num: int) -> list[int]:
@@ -231,36 +236,40 @@ def uneven_lengths(num: int) -> list[int]:
 
 
 def metier_uneven(name: str, storage: str = "dense", records: int = 48) -> None:
-    """The tutorial's uneven job through metier's packing and step, host time included: real tokens/s."""
+    """The tutorial's uneven job through metier's own loop, graphs' recording and host time included: real tokens/s."""
     import torch
 
     from metier.model.chat import Rendered
-    from metier.training.pack import pack_batches
+    from metier.model.device import resolve_device
+    from metier.model.load import Base
+    from metier.model.lora import attach
+    from metier.recipe import AdapterConfig, TrainConfig
+    from metier.training.loop import Trainer
+    from metier.training.schedule import make_plan
 
-    train = trainer(storage)
-    lengths = uneven_lengths(records * STEPS * 6)
-    ids = torch.randint(5, min(VOCAB, 31000), (max(lengths),)).tolist()
-    device = torch.device("cuda")
-
-    def step(number: int) -> int:
-        chosen = lengths[number * records : (number + 1) * records]
-        rendered = [Rendered(ids[:n], ids[:n]) for n in chosen]
-        train([batch.to(device) for batch in pack_batches(rendered, 12288, records)])
-        return sum(chosen)
-
-    warm = STEPS * 3
-    for number in range(warm):
-        step(number)
+    device = resolve_device("cuda")
+    kind: Any = storage
+    base = Base(build(storage), None, Path("none"), "random", None, "", torch.bfloat16, device, kind)
+    adapter = attach(base.model, AdapterConfig(rank=RANK, alpha=ALPHA), seed=0)
+    given = [Rendered(row["input_ids"], row["input_ids"]) for row in uneven_records(records * 15 * STEPS)]
+    config = TrainConfig(micro_batch_size=records, micro_batch_tokens=12288, epochs=1)
+    plan = make_plan(config, len(given), HIDDEN, device)
+    trainer = Trainer(base, adapter, config, plan, 0, given, [], Path("none"), print)
+    torch.cuda.empty_cache()
+    base.model.train()
+    for _ in range(6 * STEPS):
+        trainer.step()
     wait_for_turn()
+    trainer.step()
     rates = []
-    for number in range(warm, 2 * warm):
+    for _ in range(8 * STEPS):
         tick = time.perf_counter()
-        tokens = step(number)
-        torch.cuda.synchronize()
+        tokens = trainer.step().num_tokens
         rates.append((time.perf_counter() - tick, tokens))
     seconds, tokens = (sum(column) for column in zip(*rates, strict=True))
+    middle = sorted(took / num for took, num in rates)[len(rates) // 2]
     row = {"name": name, "shape": SHAPE, "records_a_step": records, "real_tok_s": round(tokens / seconds),
-           "peak_gib": round(torch.cuda.max_memory_allocated() / 2**30, 2),
+           "median_step_tok_s": round(1 / middle), "peak_gib": round(torch.cuda.max_memory_allocated() / 2**30, 2),
            "reserved_gib": round(torch.cuda.max_memory_reserved() / 2**30, 2), "steps": len(rates)}  # fmt: skip
     print("ROW " + json.dumps(row), flush=True)
 
@@ -280,7 +289,7 @@ def plain_loop(name: str, model: Any) -> None:
         optimizer.zero_grad(set_to_none=True)
         return loss.detach()
 
-    measure(name, step)
+    measure_sizes(name, step)
 
 
 def peft_model(*, checkpointing: bool = False) -> Any:
@@ -302,19 +311,92 @@ def liger() -> None:
     plain_loop("PEFT + Liger", peft_model())
 
 
-def unsloth(name: str, checkpointing: Any, *, four_bit: bool = False) -> None:
+def unsloth_model(checkpointing: Any, *, four_bit: bool = False) -> tuple[Any, Any]:
     os.environ["UNSLOTH_DISABLE_STATISTICS"] = os.environ["HF_HUB_OFFLINE"] = "1"
     import torch
     from unsloth import FastLanguageModel
 
-    model, _ = FastLanguageModel.from_pretrained(
-        str(SAVED), max_seq_length=max(SEQ, 2048), dtype=torch.bfloat16, load_in_4bit=four_bit, local_files_only=True
+    model, tokenizer = FastLanguageModel.from_pretrained(
+        str(SAVED), max_seq_length=8192, dtype=torch.bfloat16, load_in_4bit=four_bit, local_files_only=True
     )
     targets = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
-    plain_loop(name, FastLanguageModel.get_peft_model(
+    model = FastLanguageModel.get_peft_model(
         model, r=RANK, target_modules=targets, lora_alpha=ALPHA, lora_dropout=0, bias="none",
         use_gradient_checkpointing=checkpointing, random_state=0,
-    ))  # fmt: skip
+    )  # fmt: skip
+    return model, tokenizer
+
+
+def trained_by(trainer: Any, name: str, *, skip: int = 4) -> None:
+    """Real tokens/s of a transformers trainer's steps after the first `skip`, by its own count without padding."""
+    import torch
+    from transformers import TrainerCallback
+
+    marks: list[tuple[float, int]] = []
+
+    class Marks(TrainerCallback):
+        def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+            torch.cuda.synchronize()
+            marks.append((time.perf_counter(), int(state.num_input_tokens_seen)))
+            if len(marks) == skip:
+                wait_for_turn()
+                marks[-1] = (time.perf_counter(), marks[-1][1])
+
+    trainer.add_callback(Marks())
+    trainer.train()
+    seconds, tokens = (b - a for a, b in zip(marks[skip - 1], marks[-1], strict=True))
+    row = {"name": name, "shape": SHAPE, "records_a_step": 16, "real_tok_s": round(tokens / seconds),
+           "peak_gib": round(torch.cuda.max_memory_allocated() / 2**30, 2),
+           "reserved_gib": round(torch.cuda.max_memory_reserved() / 2**30, 2), "steps": len(marks) - skip}  # fmt: skip
+    print("ROW " + json.dumps(row), flush=True)
+
+
+def uneven_records(num: int) -> list[dict[str, list[int]]]:
+    import torch
+
+    return [{"input_ids": torch.randint(5, min(VOCAB, 31000), (n,)).tolist()} for n in uneven_lengths(num)]
+
+
+def tutorial_uneven() -> None:
+    """The tutorial's recipe on the uneven job: PEFT + Trainer, fp16, q and v of rank 8, 4 records x 4 accumulated."""
+    import peft
+    from transformers import AutoTokenizer, DataCollatorForLanguageModeling, Trainer, TrainingArguments
+
+    tokenizer = AutoTokenizer.from_pretrained(SAVED)
+    tokenizer.pad_token = tokenizer.eos_token
+    adapter = peft.LoraConfig(
+        r=8, lora_alpha=16, lora_dropout=0.05, target_modules=["q_proj", "v_proj"], bias="none", task_type="CAUSAL_LM"
+    )
+    arguments = TrainingArguments(
+        tempfile.mkdtemp(), per_device_train_batch_size=4, gradient_accumulation_steps=4, max_steps=4 + STEPS,
+        learning_rate=2e-4, fp16=True, save_strategy="no", report_to=[], include_num_input_tokens_seen="non_padding",
+    )  # fmt: skip
+    trained_by(
+        Trainer(
+            model=peft.get_peft_model(build().half(), adapter), args=arguments,
+            train_dataset=uneven_records(16 * (4 + STEPS)),
+            data_collator=DataCollatorForLanguageModeling(tokenizer, mlm=False),
+        ),
+        "the tutorial's recipe (PEFT + Trainer, fp16), uneven records",
+    )  # fmt: skip
+
+
+def unsloth_uneven() -> None:
+    """Unsloth's packing through TRL's trainer, 8,192 tokens a step, no checkpointing."""
+    model, tokenizer = unsloth_model(False)
+    from datasets import Dataset
+    from trl import SFTConfig, SFTTrainer
+
+    arguments = SFTConfig(
+        tempfile.mkdtemp(), per_device_train_batch_size=4, max_length=2048, packing=True, max_steps=4 + STEPS,
+        learning_rate=2e-4, bf16=True, save_strategy="no", report_to=[], gradient_checkpointing=False,
+        include_num_input_tokens_seen="non_padding",
+    )  # fmt: skip
+    records = Dataset.from_list(uneven_records(64 * (4 + STEPS)))
+    trained_by(
+        SFTTrainer(model=model, args=arguments, train_dataset=records, processing_class=tokenizer),
+        "Unsloth, packing, uneven records",
+    )
 
 
 def save() -> None:
@@ -331,9 +413,11 @@ ROWS: dict[str, Callable[[], None]] = {
     "peft": lambda: plain_loop("PEFT, bf16 autocast", peft_model()),
     "peft_ckpt": lambda: plain_loop("PEFT, checkpointing", peft_model(checkpointing=True)),
     "liger": liger,
-    "unsloth": lambda: unsloth("Unsloth, no checkpointing", False),
-    "unsloth_ckpt": lambda: unsloth("Unsloth, its checkpointing", "unsloth"),
-    "unsloth_4bit": lambda: unsloth("Unsloth 4-bit, its checkpointing", "unsloth", four_bit=True),
+    "unsloth": lambda: plain_loop("Unsloth, no checkpointing", unsloth_model(False)[0]),
+    "unsloth_ckpt": lambda: plain_loop("Unsloth, its checkpointing", unsloth_model("unsloth")[0]),
+    "unsloth_4bit": lambda: plain_loop("Unsloth 4-bit, its checkpointing", unsloth_model("unsloth", four_bit=True)[0]),
+    "tutorial_uneven": tutorial_uneven,
+    "unsloth_uneven": unsloth_uneven,
     "metier_bf16": lambda: metier("metier bf16"),
     "metier_fp8": lambda: metier("metier fp8", "fp8"),
     "metier_fp8_one": lambda: metier("metier fp8, one copy", "fp8", copies=1),
@@ -352,7 +436,7 @@ ROWS: dict[str, Callable[[], None]] = {
 GIB = {
     "metier_bf16": 39, "metier_fp8": 39, "metier_fp8_16g": 17, "metier_nf4_6g": 9, "metier_nf4_6g_4": 9,
     "metier_uneven_fp8": 44, "metier_uneven_bf16": 44, "metier_nf4": 40, "save": 17, "unsloth": 48, "unsloth_ckpt": 19,
-    "unsloth_4bit": 12, "liger": 58,
+    "unsloth_4bit": 12, "liger": 58, "tutorial_uneven": 34, "unsloth_uneven": 48,
 }  # fmt: skip
 
 

@@ -20,7 +20,7 @@ import shutil
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from metier.errors import RunError
 
@@ -91,11 +91,18 @@ def write_atomic(path: Path, data: bytes) -> None:
 
     Raises `RunError` when the disk is full or not writable; `path` is then as it was.
     """
+    with atomic_file(path) as file:
+        file.write(data)
+
+
+@contextlib.contextmanager
+def atomic_file(path: Path) -> Iterator[BinaryIO]:
+    """As `write_atomic`, for what is written piece by piece."""
     aside = path.with_name(f".{path.name}.tmp")
     with disk_errors(path):
         try:
             with aside.open("wb") as file:
-                file.write(data)
+                yield file
                 file.flush()
                 os.fsync(file.fileno())
             os.replace(aside, path)

@@ -386,8 +386,10 @@ def test_a_test_file_that_is_the_only_source_is_refused(metier: Cli, here: Path,
 def test_an_empty_test_split_is_told_before_training(metier: Cli, here: Path, tiny_base: Path) -> None:
     (here / "few.csv").write_text(rows_of(30), encoding="utf-8")
     (here / "few.yaml").write_text(recipe_text(here / "few.csv", tiny_base, out="few", data={"test": 0}))
-    assert_refused(metier("run", "few.yaml"), "no test records", "`data.test`")
-    assert (here / "few" / "dataset" / "manifest.json").exists() and not (here / "few" / "adapter").exists()
+    for verb in ("run", "sweep"):
+        assert_refused(metier(verb, "few.yaml"), "no test records", "`data.test`")
+        assert (here / "few" / "dataset" / "manifest.json").exists()
+        assert not list((here / "few").glob("*adapter*")) and not list((here / "few").glob("*sweep*"))
     assert metier("train", "few.yaml").code == 0  # an adapter without a verdict is made by its own verb
 
 
@@ -705,10 +707,10 @@ def test_a_full_disk_is_refused_and_nothing_half_made_stays(here: Path, tiny_bas
 
     before = tree(here)
     result = finish(start("prepare", "large.yaml", preexec_fn=little))
-    assert_refused(result, "records.parquet` could not be written: File too large")
+    assert_refused(result, "` could not be written: File too large")
     assert tree(here) == before
     result = finish(start("prepare", "large.yaml", "--out", "fresh", preexec_fn=little))
-    assert_refused(result, "records.parquet` could not be written: File too large")
+    assert_refused(result, "` could not be written: File too large")
     assert tree(here) == before
 
 

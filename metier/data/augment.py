@@ -66,11 +66,11 @@ def augment(
     methods = [method for method in variation.config.methods if method != "paraphrase"]
     if not methods and not rewritten:
         return []
-    asked = [(record, rewritten.get(id(record))) for record in train]
-    done = (workers or Workers()).map(variants_part, parts(asked), variation)
+    asked = ([(record, rewritten.get(id(record))) for record in part] for part in parts(train))
+    done = (workers or Workers()).map(variants_part, asked, variation)
     variants = (some for part in done for some in part)
     return [
-        variant_of(record, messages, method=method, number=number)
+        record.variant(messages, method=method, number=number)
         for record, some in zip(train, variants, strict=True)
         for method, number, messages in some
     ]
@@ -213,9 +213,3 @@ def with_texts(record: Record, prompt: str, answer: str) -> list[Message]:
     next(m for m in messages if m["role"] == "user")["content"] = prompt
     messages[-1]["content"] = answer
     return messages
-
-
-def variant_of(record: Record, messages: list[Message], *, method: str, number: int) -> Record:
-    """A synthetic record, marked with the one it was made of."""
-    prompt = next(m["content"] for m in messages if m["role"] == "user")
-    return dataclasses.replace(record, messages=messages, prompt=prompt, parent=record, method=method, number=number)

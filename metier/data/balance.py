@@ -9,13 +9,12 @@ records of one file and label share their weight exactly: of 10 records with wei
 
 from __future__ import annotations
 
-import dataclasses
-import hashlib
 from collections import Counter
 from collections.abc import Callable, Hashable
 from typing import TypeVar
 
 from metier.data.records import Record
+from metier.data.split import lots
 from metier.errors import DataError, did_you_mean
 from metier.recipe import BalanceConfig
 
@@ -41,14 +40,14 @@ def check_balance(config: BalanceConfig, names: list[str], task: str) -> None:
 def left_out(train: list[Record], config: BalanceConfig, *, task: str, seed: int) -> list[Record]:
     """The training records that the files' weights below 1, or undersampling, leave out."""
     gone: list[Record] = []
-    by_file = _by(train, lambda record: record.source.name)
+    by_file = _by(train, lambda record: record.source.name) if config.sources else {}
     for name, weight in config.sources.items():
         for some in _by(by_file.get(name, []), lambda record: _label(record, task)).values():
             gone += shuffled(some, seed)[round(min(1.0, weight) * len(some)) :]
     if config.classes != "undersample" or task != "classification":
         return gone
-    dropped = {id(record) for record in gone}
-    by_label = _by([record for record in train if id(record) not in dropped], lambda record: record.answer)
+    dropped = set(gone)
+    by_label = _by([record for record in train if record not in dropped], lambda record: record.answer)
     most = config.limit * min(map(len, by_label.values()))
     for some in by_label.values():
         gone += shuffled(some, seed)[most:]
@@ -65,11 +64,11 @@ def repeated(train: list[Record], config: BalanceConfig, *, task: str, seed: int
         if config.classes == "oversample":
             weight *= largest / of_label[label]
         extra = round((min(weight, config.limit) - 1) * len(some))
-        order = shuffled(some, seed)
+        order = shuffled(some, seed) if extra else []
         for number in range(extra):
             record = order[number % len(order)]
             copy = number // len(order) + 1
-            made.append(dataclasses.replace(record, parent=record, method="repeat", number=copy))
+            made.append(record.variant(None, method="repeat", number=copy))
     return made
 
 
@@ -108,9 +107,4 @@ def _by(records: list[Record], key: Callable[[Record], Key]) -> dict[Key, list[R
 
 def shuffled(records: list[Record], seed: int) -> list[Record]:
     """In an order that depends on the seed and on each record's place alone."""
-
-    def place(record: Record) -> bytes:
-        name = f"{seed}|{record.source.name}|{record.row.number}"
-        return hashlib.sha256(name.encode()).digest()
-
-    return sorted(records, key=place)
+    return [records[position] for position in lots(records, seed).tolist()]

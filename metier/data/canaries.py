@@ -12,6 +12,8 @@ from typing import Any
 
 import polars
 
+from metier.data.tables import RECORDS_SCHEMA
+
 REPEATS = (0, 1, 4, 16)
 SOURCE = "canary"
 QUESTIONS = ("What is the access code of storage unit {name}?", "储物柜 {name} 的密码是什么？")
@@ -34,13 +36,13 @@ def canaries_table(per_level: int, seed: int) -> polars.DataFrame:
     return polars.DataFrame(rows)
 
 
-def plant(records: polars.DataFrame, canaries: polars.DataFrame) -> polars.DataFrame:
-    """`records` with each canary as often as it says, in the train split."""
+def planted(canaries: polars.DataFrame) -> polars.DataFrame:
+    """Rows of records.parquet: each canary as often as it says, in the train split."""
     rows: list[dict[str, Any]] = []
     for canary in canaries.iter_rows(named=True):
         for time in range(canary["repeats"]):
             rows.append(
-                dict.fromkeys(records.schema)
+                dict.fromkeys(RECORDS_SCHEMA)
                 | {
                     "record_id": f"{canary['canary_id']}-{time:02d}", "split": "train", "group_id": None,
                     "messages": [
@@ -51,4 +53,4 @@ def plant(records: polars.DataFrame, canaries: polars.DataFrame) -> polars.DataF
                     "source_file": SOURCE, "source_row": time + 1, "parent_id": None,
                 }
             )  # fmt: skip
-    return polars.concat([records, polars.DataFrame(rows, schema=records.schema)])
+    return polars.DataFrame(rows, schema=RECORDS_SCHEMA)

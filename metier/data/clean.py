@@ -7,11 +7,16 @@ off, or that keeps what it finds, is counted all the same where the count is a w
 
 from __future__ import annotations
 
-from collections import Counter, defaultdict
-from dataclasses import dataclass, field, replace
+import hashlib
+from array import array
+from collections import Counter
+from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import Any
 
+import numpy as np
+
+from metier.data.alike import Digests, groups_of
 from metier.data.normalize import apply_edits, find_edits, holds_html, is_mojibake
 from metier.data.records import Message, Record, Rejected, Rejection, language_of, same_input
 from metier.errors import DataError
@@ -26,18 +31,38 @@ RULES = ("control", "whitespace", "width", "html", "script", "boilerplate", "moj
 LEFT_OUT_BY = ("min_chars", "max_chars", "languages")
 
 
+@dataclass(slots=True)
+class Places:
+    """How many, and the first of them."""
+
+    count: int = 0
+    first: list[str] = field(default_factory=list)
+
+    def add(self, record: Record) -> None:
+        self.count += 1
+        if len(self.first) < EXAMPLES:
+            self.first.append(f"{record.source.name}:{record.row.number}")
+
+
 @dataclass
 class Cleaned:
     """`found` has for each rule the places (file and row) of the records that it concerned."""
 
     records: list[Record]
     rejected: list[Rejection] = field(default_factory=list)
-    found: dict[str, list[str]] = field(default_factory=lambda: {rule: [] for rule in (*RULES, *LEFT_OUT_BY)})
+    found: dict[str, Places] = field(default_factory=lambda: {rule: Places() for rule in (*RULES, *LEFT_OUT_BY)})
+
+    def add(self, part: Cleaned) -> None:
+        """What was made of some more records; those that were rejected are the caller's."""
+        self.records += part.records
+        for rule, places in part.found.items():
+            self.found[rule].count += places.count
+            self.found[rule].first = (self.found[rule].first + places.first)[:EXAMPLES]
 
     def report(self, config: CleanConfig) -> dict[str, dict[str, Any]]:
         """For the manifest: each rule's setting, the number of records and the first of them."""
         return {
-            rule: {"setting": _setting(getattr(config, rule)), "records": len(places), "examples": places[:EXAMPLES]}
+            rule: {"setting": _setting(getattr(config, rule)), "records": places.count, "examples": places.first}
             for rule, places in self.found.items()
         }
 
@@ -66,11 +91,11 @@ def clean_part(records: list[Record], config: CleanConfig) -> Cleaned:
         except Rejected as error:
             cleaned.rejected.append(Rejection(record.source, record.row, str(error)))
             if isinstance(error, _LeftOut):
-                cleaned.found[error.rule].append(_place(record))
+                cleaned.found[error.rule].add(record)
             continue
         cleaned.records.append(tidy)
         for rule in rules:
-            cleaned.found[rule].append(_place(record))
+            cleaned.found[rule].add(record)
     return cleaned
 
 
@@ -96,7 +121,9 @@ def clean_record(record: Record, config: CleanConfig) -> tuple[Record, set[str]]
             rules.add("html")
         messages.append({**message, "content": text})
     prompt = next(m["content"] for m in messages if m["role"] in ("user", "text"))
-    tidy = replace(record, messages=messages, prompt=prompt) if rules else record
+    tidy = record
+    if rules:
+        tidy = Record(record.source, record.row, messages, record.group_id, prompt, method=record.method)
     _refuse(tidy, rules, config)
     return tidy, rules
 
@@ -106,15 +133,16 @@ def contradictions(records: list[Record], policy: str, cleaned: Cleaned) -> list
 
     All such records are listed in `cleaned`.
     """
-    groups: dict[tuple[str, ...], list[Record]] = defaultdict(list)
+    inputs = Digests()
     for record in records:
-        groups[same_input(record)].append(record)
+        inputs.add(same_input(record))
     out: list[Record] = []
-    for group in groups.values():
+    for group in ([records[i] for i in some] for some in groups_of(inputs.keys())):
         labels = Counter(record.answer for record in group)
         if len(labels) < 2:
             continue
-        cleaned.found["contradictions"] += map(_place, group)
+        for record in group:
+            cleaned.found["contradictions"].add(record)
         (first, most), (_, second) = labels.most_common(2)
         winner = first if policy == "majority" and most > second else None
         if policy != "keep":
@@ -135,35 +163,41 @@ def _refuse(record: Record, rules: set[str], config: CleanConfig) -> None:
 
 def find_boilerplate(cleaned: Cleaned, config: CleanConfig) -> None:
     """Counts first and last lines, in texts of several lines, that many records share; `remove` takes them out."""
-    counts: Counter[str] = Counter()
+    keys = array("Q")  # not the lines, which would be most of some texts
     for record in cleaned.records:
-        counts.update({line for message in record.messages for line in _ends(message)})
+        keys.extend({_key(line) for message in record.messages for line in _ends(message)})
     least = max(BOILERPLATE_RECORDS, BOILERPLATE_SHARE * len(cleaned.records))
-    shared = {line for line, count in counts.items() if count >= least}
+    different, counts = np.unique(np.frombuffer(keys, dtype=np.uint64), return_counts=True)
+    shared = set(different[counts >= least].tolist())
     if not shared:
         return
-    for position, record in enumerate(cleaned.records):
-        if not any(line in shared for message in record.messages for line in _ends(message)):
+    for record in cleaned.records:
+        if not any(_key(line) in shared for message in record.messages for line in _ends(message)):
             continue
-        cleaned.found["boilerplate"].append(_place(record))
+        cleaned.found["boilerplate"].add(record)
         if config.boilerplate == "remove":
             messages = [{**message, "content": _without(message, shared)} for message in record.messages]
-            prompt = next(m["content"] for m in messages if m["role"] in ("user", "text"))
-            cleaned.records[position] = replace(record, messages=messages, prompt=prompt)
+            record.rewrite(messages, record.group_id, record.removed)
 
 
 def _ends(message: Message) -> list[str]:
     """The first and the last line of a text of several lines, where they are long enough to be anything."""
-    lines = message["content"].strip().split("\n") if message["role"] != "system" else []
+    if message["role"] == "system" or "\n" not in message["content"]:
+        return []
+    lines = message["content"].strip().split("\n")
     return [end for line in (lines[:1] + lines[-1:]) if len(lines) > 1 and len(end := line.strip()) > BOILERPLATE_CHARS]
 
 
-def _without(message: Message, shared: set[str]) -> str:
+def _key(line: str) -> int:
+    return int.from_bytes(hashlib.blake2b(line.encode("utf-8", "surrogatepass"), digest_size=8).digest())
+
+
+def _without(message: Message, shared: set[int]) -> str:
     """The text without such ends; one line always stays."""
     content = message["content"]
-    while any(line in shared for line in _ends({**message, "content": content})):
+    while any(_key(line) in shared for line in _ends({**message, "content": content})):
         first, _, rest = content.strip().partition("\n")
-        content = rest.strip() if first.strip() in shared else content.strip().rpartition("\n")[0].strip()
+        content = rest.strip() if _key(first.strip()) in shared else content.strip().rpartition("\n")[0].strip()
     return content
 
 
@@ -172,10 +206,6 @@ def _setting(value: Any) -> Any:
     if isinstance(value, list):
         value = ", ".join(value)
     return value or False
-
-
-def _place(record: Record) -> str:
-    return f"{record.source.name}:{record.row.number}"
 
 
 @lru_cache(maxsize=2)

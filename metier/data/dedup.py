@@ -9,14 +9,21 @@ The records of test files are never merged. What is found does not depend on the
 
 from __future__ import annotations
 
-import hashlib
 import os
 import unicodedata
-from collections.abc import Iterable, Sequence
+from array import array
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
+import numpy as np
+
+from metier.data.alike import Digests, firsts
+from metier.data.minhash import near_duplicates
 from metier.data.partitions import Workers
 from metier.data.records import Record
+from metier.data.shingles import Template
+from metier.data.spool import SortedTexts
 
 Pair = tuple[int, int, float]
 
@@ -32,16 +39,13 @@ class Merged:
 
 def merge_exact(records: list[Record]) -> tuple[list[Record], list[Merged]]:
     """The records without exact copies, and the copies."""
-    first: dict[bytes, Record] = {}
-    kept: list[Record] = []
-    merged: list[Merged] = []
-    for record in records:
-        into = record if record.source.is_test else first.setdefault(_same(record), record)
-        if into is record:
-            kept.append(record)
-        else:
-            merged.append(Merged(record, into, "exact"))
-    return kept, merged
+    own, contents = [record for record in records if not record.source.is_test], Digests()
+    for record in own:
+        contents.add("\0".join(f"{turn['role']}\1{_folded(turn['content'])}" for turn in record.messages))
+    first = firsts(contents.keys())
+    merged = [Merged(own[i], own[first[i]], "exact") for i in np.flatnonzero(first != np.arange(len(own))).tolist()]
+    gone = {item.record for item in merged}
+    return [record for record in records if record not in gone], merged
 
 
 class Comparison:
@@ -51,28 +55,29 @@ class Comparison:
     template gave to all, and (minhash.py) without text that many share.
     """
 
-    def __init__(self, records: list[Record], task: str, workers: Workers | None = None) -> None:
-        from metier.data.shingles import Template
-
+    def __init__(
+        self, records: list[Record], task: str, workers: Workers | None = None, folder: Path | None = None
+    ) -> None:
         self.workers = workers or Workers()
-        self.task = task
-        self._begin = self._end = ""
-        texts = self.texts(records)
-        if len(texts) >= 3:
-            self._begin = os.path.commonprefix([min(texts), max(texts)])
-            backwards = [text[len(self._begin) :][::-1] for text in texts]
-            self._end = os.path.commonprefix([min(backwards), max(backwards)])[::-1]
-        self.template = Template(sorted(self.texts(records)))
+        self.task, self.folder = task, folder
+        self._begin, self._end = "", ""
+        if len(records) >= 3:
+            self._begin, self._end = _shared_ends(self.texts(records))
+        ordered = SortedTexts(self.texts(records), folder)
+        self.template = Template(ordered)
+        self._first: tuple[list[Record], SortedTexts] | None = (records, ordered)
 
-    def texts(self, records: list[Record]) -> list[str]:
+    def texts(self, records: Iterable[Record]) -> Iterator[str]:
         """Each record's own words."""
-        found = []
         for record in records:
             turns = [turn["content"] for turn in record.messages if turn["role"] != "system"]
             text = "\n".join(turns[:-1] if self.task == "classification" else turns)
-            text = text.removeprefix(self._begin)
-            found.append(text.removesuffix(self._end))
-        return found
+            yield text.removeprefix(self._begin).removesuffix(self._end)
+
+    def ordered(self, records: list[Record]) -> SortedTexts:
+        """These in order; of the records that the comparison was made of they are there once already."""
+        first, self._first = self._first, None
+        return first[1] if first and first[0] is records else SortedTexts(self.texts(records), self.folder)
 
 
 def find_pairs(
@@ -87,20 +92,15 @@ def find_pairs(
 
     `splits`: each record's split; then only pairs that cross splits are looked for.
     """
-    import numpy as np
-
-    from metier.data.minhash import near_duplicates
-
-    texts = comparison.texts(records)
-    order = sorted(range(len(texts)), key=texts.__getitem__)
-    ordered = [texts[i] for i in order]
+    ordered = comparison.ordered(records)
     number = {name: place for place, name in enumerate(sorted(set(splits or ())))}
-    sides = np.array([number[splits[i]] for i in order]) if splits else None
+    sides = np.array([number[split] for split in splits], dtype=np.int8)[ordered.order] if splits else None
     found = near_duplicates(
-        ordered, threshold=threshold, seed=seed, template=comparison.template, sides=sides, workers=comparison.workers
-    )
-    triples = zip(found.left.tolist(), found.right.tolist(), found.similarity.tolist(), strict=True)
-    pairs = ((order[left], order[right], similarity) for left, right, similarity in triples)
+        ordered, comparison.template, threshold=threshold, seed=seed, sides=sides, workers=comparison.workers,
+        folder=comparison.folder,
+    )  # fmt: skip
+    left, right = ordered.order[found.left].tolist(), ordered.order[found.right].tolist()
+    pairs = zip(left, right, found.similarity.tolist(), strict=True)
     return sorted((min(a, b), max(a, b), similarity) for a, b, similarity in pairs)
 
 
@@ -125,46 +125,76 @@ def merge_near(records: list[Record], pairs: list[Pair], task: str) -> list[Merg
 
 def without(records: list[Record], pairs: list[Pair], gone: Iterable[Record]) -> tuple[list[Record], list[Pair]]:
     """The records and pairs that are left when some records are gone."""
-    dropped = {id(record) for record in gone}
-    place: dict[int, int] = {}
-    kept: list[Record] = []
-    for position, record in enumerate(records):
-        if id(record) not in dropped:
-            place[position] = len(kept)
-            kept.append(record)
-    return kept, [(place[a], place[b], s) for a, b, s in pairs if a in place and b in place]
+    dropped = set(gone)
+    if not dropped:
+        return records, pairs
+    stays = np.array([record not in dropped for record in records], dtype=np.bool_)
+    place = np.cumsum(stays) - 1
+    kept = [record for record in records if record not in dropped]
+    return kept, [(int(place[a]), int(place[b]), s) for a, b, s in pairs if stays[a] and stays[b]]
 
 
-def join_groups(records: list[Record], pairs: list[Pair], merged: list[Merged]) -> list[str]:
-    """Each record's group: the least name among all that are joined with it, so that it is the same in any order."""
-    parent = list(range(len(records)))
+def join_groups(records: list[Record], pairs: list[Pair], merged: list[Merged]) -> list[Record]:
+    """For each record the one whose `group` names its group: the least of all that are joined with it.
+
+    So the name is the same in any order.
+    """
+    into = {item.into for item in merged}
+    place = {record: position for position, record in enumerate(records) if record in into}
+    late = [item for item in merged if item.into in place]
+    members = [*records, *(item.record for item in late)]
+    positions = [*range(len(records)), *(place[item.into] for item in late)]
+    parent: dict[int, int] = {}  # of those alone that are joined with others
 
     def root(i: int) -> int:
-        while parent[i] != i:
-            parent[i] = parent[parent[i]]
-            i = parent[i]
+        while (above := parent.setdefault(i, i)) != i:
+            parent[i] = i = parent.setdefault(above, above)
         return i
 
-    first: dict[tuple[str, str], int] = {}
-    place = {id(record): position for position, record in enumerate(records)}
-    members = [(position, record) for position, record in enumerate(records)]
-    members += [(place[id(m.into)], m.record) for m in merged if id(m.into) in place]
-    for position, record in members:
-        keys = [("prompt", _folded(record.prompt))]
-        keys += [("group", record.group_id)] if record.group_id is not None else []
-        for key in keys:
-            parent[root(position)] = root(first.setdefault(key, position))
+    for member, first in _same_keys(members):
+        parent[root(positions[member])] = root(positions[first])
     for left, right, _ in pairs:
         parent[root(left)] = root(right)
-    names: dict[int, str] = {}
-    for position, record in members:
-        names[root(position)] = min(names.get(root(position), record.group), record.group)
-    return [names[root(position)] for position in range(len(records))]
+    for item in late:
+        root(place[item.into])
+    names: dict[int, Record] = {}
+    for position, record in zip(positions, members, strict=True):
+        if position in parent:
+            named = names.setdefault(root(position), record)
+            if record.group < named.group:
+                names[root(position)] = record
+    return [names[root(position)] if position in parent else record for position, record in enumerate(records)]
 
 
-def _same(record: Record) -> bytes:
-    turns = "\0".join(f"{turn['role']}\1{_folded(turn['content'])}" for turn in record.messages)
-    return hashlib.sha256(turns.encode()).digest()
+def _same_keys(members: list[Record]) -> Iterator[tuple[int, int]]:
+    """(position, first position) of those that share a prompt or a group_id with an earlier one."""
+    prompts, groups, grouped = Digests(), Digests(), array("q")
+    for position, record in enumerate(members):
+        prompts.add(_folded(record.prompt))
+        if record.group_id is not None:
+            groups.add(record.group_id)
+            grouped.append(position)
+    for digests, of in ((prompts, range(len(members))), (groups, grouped)):
+        first = firsts(digests.keys())
+        for place in np.flatnonzero(first != np.arange(len(first))).tolist():
+            yield of[place], of[int(first[place])]
+
+
+def _shared_ends(texts: Iterable[str]) -> tuple[str, str]:
+    """What all texts begin with, and what all of the rest end with."""
+    begin = end = None
+    shortest = 0
+    for text in texts:
+        if begin is None or end is None:
+            begin = end = text
+            shortest = len(text)
+        if not text.startswith(begin):
+            begin = os.path.commonprefix([begin, text])
+        if not text.endswith(end):
+            end = os.path.commonprefix([end[::-1], text[::-1]])[::-1]
+        shortest = min(shortest, len(text))
+    begin, end = begin or "", end or ""
+    return begin, end[max(0, len(end) - (shortest - len(begin))) :]
 
 
 def _folded(text: str) -> str:

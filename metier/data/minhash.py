@@ -14,16 +14,19 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
 from metier.data.partitions import Workers, parts
 from metier.data.shingles import MIN_SHINGLES, Batch, Hashes, Ints, Template, batches, distinct, mixed, shingle_hashes
+from metier.data.spool import Rows
 
 HASHES, BINS = 4, 32
 BITS = 5  # of a bin's number
-PAIRS_AT_ONCE = 4096
+# What is verified at once: so many pairs, and so many characters of their texts, which become 8 bytes each.
+PAIRS_AT_ONCE, CHARS_AT_ONCE = 4096, 2**21
 _EMPTY = np.uint32(0xFFFFFFFF)
 _ODD = np.array([0xD6E8FEB86659FD93, 0xA0761D6478BD642F, 0xE7037ED1A0B428DB, 0x8EBC6AF09C88C6E3], dtype=np.uint64)
 
@@ -42,29 +45,31 @@ class Pairs:
 
 def near_duplicates(
     texts: Sequence[str],
+    template: Template | None = None,
     *,
     threshold: float,
     seed: int = 0,
-    template: Template | None = None,
-    sides: NDArray[np.int64] | None = None,
+    sides: NDArray[np.int8] | None = None,
     workers: Workers | None = None,
+    folder: Path | None = None,
 ) -> Pairs:
     """All pairs found whose shingles have a Jaccard similarity of at least `threshold`.
 
     `template` is what is left out of the comparison; absent, what many of the texts share. `sides`: [n], a number for
     each text; then only pairs whose numbers differ are looked for. `workers` make the signatures; absent, this process.
+    Signatures and bands, 768 bytes a text, are in unnamed files in `folder`.
     """
     template = template or Template(texts)
-    signatures = np.empty((len(texts), HASHES * BINS), dtype=np.uint32)
-    counts = np.zeros(len(texts), dtype=np.int64)
+    signatures, useful = Rows(np.uint32, HASHES * BINS, folder=folder), [np.empty(0, np.int64)]
+    bands = [Rows(np.uint64, folder=folder) for _ in range(BINS)]
     first = 0
-    for part in (workers or Workers()).map(signature_part, parts(texts), template, seed):
-        rows = slice(first, first + len(part[1]))
-        signatures[rows], counts[rows] = part
-        first = rows.stop
-    useful = np.flatnonzero(counts >= MIN_SHINGLES)
-    _fill_empty(signatures, useful)
-    left, right = _candidates(signatures, useful)
+    for rows, keys, is_useful in (workers or Workers()).map(signature_part, parts(texts), template, seed):
+        signatures.append(rows)
+        for band, column in zip(bands, keys, strict=True):
+            band.append(column)
+        useful.append(np.flatnonzero(is_useful) + first)
+        first += len(rows)
+    left, right = _candidates(bands, np.concatenate(useful), len(texts))
     if sides is not None:
         apart = sides[left] != sides[right]
         left, right = left[apart], right[apart]
@@ -72,10 +77,21 @@ def near_duplicates(
     return _verified(texts, template, left, right, threshold)
 
 
-def signature_part(texts: Sequence[str], template: Template, seed: int) -> tuple[NDArray[np.uint32], Ints]:
-    """The signatures of some texts, and their numbers of shingles."""
+def signature_part(
+    texts: Sequence[str], template: Template, seed: int
+) -> tuple[NDArray[np.uint32], Hashes, NDArray[np.bool_]]:
+    """Of some texts the signatures, [n, 128]; the keys of the bands, [32, m], of the m texts that have enough shingles
+    to be compared; and which these are, [n].
+    """
     found = [_signatures(template.own(batch), seed) for _, batch in batches(texts)]
-    return np.concatenate([one for one, _ in found]), np.concatenate([count for _, count in found])
+    signatures = np.concatenate([one for one, _ in found])
+    is_useful = np.concatenate([count for _, count in found]) >= MIN_SHINGLES
+    useful = np.flatnonzero(is_useful)
+    _fill_empty(signatures, useful)
+    keys = np.zeros((BINS, len(useful)), dtype=np.uint64)
+    for number in range(HASHES):
+        keys = mixed(keys + signatures[useful, number * BINS : (number + 1) * BINS].T + _ODD[number])
+    return signatures, keys, is_useful
 
 
 def _signatures(batch: Batch, seed: int) -> tuple[NDArray[np.uint32], Ints]:
@@ -108,24 +124,20 @@ def _fill_empty(signatures: NDArray[np.uint32], useful: Ints) -> None:
         columns[sparse] = filled
 
 
-def _candidates(signatures: NDArray[np.uint32], useful: Ints) -> tuple[Ints, Ints]:
+def _candidates(bands: list[Rows], useful: Ints, number: int) -> tuple[Ints, Ints]:
     """Pairs of texts that share a band, each pair once."""
-    number = len(signatures)
-    found: list[Ints] = []
-    for band in range(BINS):
-        key = np.zeros(len(useful), dtype=np.uint64)
-        for hash_number in range(HASHES):
-            key = mixed(key + signatures[useful, hash_number * BINS + band] + _ODD[hash_number])
+    codes = np.empty(0, np.int64)
+    for band in bands:
+        key = band.whole()
         order = np.argsort(key, kind="stable")
         ordered, member = key[order], useful[order]
         same = np.flatnonzero(ordered[1:] == ordered[:-1]) + 1
         begins = np.ones(len(ordered), dtype=np.bool_)
         begins[same] = False
         first = np.maximum.accumulate(np.where(begins, np.arange(len(ordered)), 0))[same]
-        for other in (same - 1, np.maximum(same - 2, first), first):
-            found.append(_coded(member[other], member[same], number))
-    codes = distinct(np.concatenate(found)) if found else np.empty(0, np.int64)
-    return codes // number, codes % number
+        others = (same - 1, np.maximum(same - 2, first), first)
+        codes = distinct(np.concatenate([codes, *(_coded(member[other], member[same], number) for other in others)]))
+    return codes // max(1, number), codes % max(1, number)
 
 
 def _coded(one: Ints, other: Ints, number: int) -> Ints:
@@ -133,25 +145,34 @@ def _coded(one: Ints, other: Ints, number: int) -> Ints:
     return distinct(np.minimum(one, other) * number + np.maximum(one, other))
 
 
-def _agreeing(signatures: NDArray[np.uint32], left: Ints, right: Ints, least: float) -> tuple[Ints, Ints]:
+def _agreeing(signatures: Rows, left: Ints, right: Ints, least: float) -> tuple[Ints, Ints]:
     agree = np.zeros(len(left), dtype=np.bool_)
     for start in range(0, len(left), PAIRS_AT_ONCE):
         some = slice(start, start + PAIRS_AT_ONCE)
-        agree[some] = (signatures[left[some]] == signatures[right[some]]).mean(axis=1) >= least
+        one, other = (signatures.take(side[some].tolist()) for side in (left, right))
+        agree[some] = (one == other).mean(axis=1) >= least
     return left[agree], right[agree]
 
 
 def _verified(texts: Sequence[str], template: Template, left: Ints, right: Ints, threshold: float) -> Pairs:
     similarity = np.zeros(len(left))
-    for start in range(0, len(left), PAIRS_AT_ONCE):
-        stop = min(start + PAIRS_AT_ONCE, len(left))
-        members = distinct(np.concatenate([left[start:stop], right[start:stop]]))
-        sets = dict(zip(members.tolist(), _shingle_sets([texts[m] for m in members.tolist()], template), strict=True))
+    start = 0
+    while start < len(left):
+        asked: dict[int, str] = {}
+        chars, stop = 0, start
+        while stop < len(left) and (chars < CHARS_AT_ONCE and stop - start < PAIRS_AT_ONCE):
+            for member in (int(left[stop]), int(right[stop])):
+                if member not in asked:
+                    asked[member] = texts[member]
+                    chars += len(asked[member])
+            stop += 1
+        sets = dict(zip(asked, _shingle_sets(list(asked.values()), template), strict=True))
         for pair in range(start, stop):
             one, other = sets[int(left[pair])], sets[int(right[pair])]
             both = np.sort(np.concatenate([one, other]))
             shared = int((both[1:] == both[:-1]).sum())
             similarity[pair] = shared / max(1, len(one) + len(other) - shared)
+        start = stop
     kept = similarity >= threshold
     return Pairs(left[kept], right[kept], similarity[kept])
 

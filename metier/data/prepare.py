@@ -15,16 +15,20 @@ import shutil
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from itertools import chain, compress
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import polars
 
 from metier import artifacts
 from metier.data.accounts import Accounts
+from metier.data.alike import Ints
 from metier.data.augment import Variation, augment
 from metier.data.balance import LEFT_OUT, NOT_NEEDED, check_balance, class_weights, general_excess, left_out, repeated
-from metier.data.canaries import canaries_table, plant
+from metier.data.canaries import canaries_table, planted
 from metier.data.card import data_card
 from metier.data.clean import contradictions
 from metier.data.croissant import croissant
@@ -34,20 +38,27 @@ from metier.data.leakage import benchmark_leaks, certify, test_leaks
 from metier.data.lineage import forgotten_places, read_forgotten
 from metier.data.lines import Source
 from metier.data.paraphrase import ask_base, base_key
-from metier.data.partitions import Workers
+from metier.data.partitions import Workers, parts
 from metier.data.proposals import propose
 from metier.data.read_records import GENERAL, find_files, read_records
 from metier.data.records import Record
 from metier.data.roles import Roles
 from metier.data.sources import describe_source
-from metier.data.split import split_groups
+from metier.data.split import number_groups, split_groups
+from metier.data.spool import Spool
 from metier.data.tables import (
+    LANGUAGES,
+    RECORDS_SCHEMA,
+    Identities,
     conflicts_table,
+    merged_into,
     merged_table,
     parquet_bytes,
-    records_table,
+    records_frames,
     rejected_table,
+    rows_at_once,
     subjects_table,
+    write_parquet,
 )
 from metier.data.terms import coverage
 from metier.domains import load_domain
@@ -88,19 +99,30 @@ def prepare(
     started = time.time()
     key, digests = asked or dataset_key(recipe, out)
     with Workers(recipe.scale) as workers, _no_cycles():
-        tables, details, review = _make(recipe, digests, out=out, workers=workers, progress=progress)
+        made = _make(recipe, digests, out=out, workers=workers, progress=progress)
     work = artifacts.work_folder(out, key)
     try:
-        if review is not None:
-            artifacts.write_atomic(work / "privacy_review.jsonl", review_lines(review))
-        _write(work, tables, details)
+        _write(work, made)
         return artifacts.complete(
             work, out, kind="dataset", key=key, config=recipe.model_dump(include=OWNED), parents={}, started=started,
-            details=details,
+            details=made.details,
         )  # fmt: skip
     except RunError:
         shutil.rmtree(work, ignore_errors=True)  # half a data set is of no use: it is made anew
         raise
+
+
+@dataclass(frozen=True, slots=True)
+class Made:
+    """What is to be written: the rows of records.parquet, so many at a time, the other tables by name, the manifest's
+    entries, and the records for a person to read, if any.
+    """
+
+    records: Iterator[polars.DataFrame]
+    rows: int
+    tables: dict[str, polars.DataFrame]
+    details: dict[str, Any]
+    review: list[dict[str, Any]] | None
 
 
 @contextlib.contextmanager
@@ -119,12 +141,12 @@ def _no_cycles() -> Iterator[None]:
 
 def _make(
     recipe: Recipe, digests: dict[str, str], *, out: Path, workers: Workers, progress: Callable[[str], None]
-) -> tuple[dict[str, polars.DataFrame], dict[str, Any], list[dict[str, Any]] | None]:
-    """(tables by name, the manifest's entries, the records for a person to read, if any). The records end with it."""
+) -> Made:
     seed, details = recipe.seed, dict[str, Any]()
     files, forgotten = find_files(recipe), forgotten_places(read_forgotten(out), digests)
     privacy = open_privacy(recipe.privacy, domain_policy=_domain_policy(recipe), seed=seed)
-    accounts = Accounts([*files.sources, *files.general], forgotten=forgotten)
+    folder = next(parent for parent in out.absolute().parents if parent.exists())
+    accounts = Accounts([*files.sources, *files.general], Spool(folder), forgotten)
     roles, cleaned = read_records(accounts, files, recipe, privacy=privacy, workers=workers, progress=progress)
     details["privacy"], review = privacy.rewrite_records(accounts.records, workers, progress)
     accounts.refuse_too_few()
@@ -136,30 +158,44 @@ def _make(
     progress("looking for duplicates")
     comparison, benchmarks = _deduplicate(accounts, files.benchmarks, recipe.dedup, task, workers)
     accounts.refuse_too_few()
-    splits = _split(recipe.data, accounts, task, seed)
-    made, details["paraphrases"] = _balance_and_augment(accounts, splits, recipe, comparison, progress)
+    _split(recipe.data, accounts, task, seed)
+    made, details["paraphrases"] = _balance_and_augment(accounts, recipe, comparison, progress)
     progress("checking what the splits share")
-    details["leakage"] = certify(accounts, splits, made, comparison, config=recipe.dedup, seed=seed)
+    details["leakage"] = certify(accounts, made, comparison, config=recipe.dedup, seed=seed)
     details["leakage"]["benchmarks"] = benchmarks
     accounts.sort()
     records = [*accounts.records, *made]
-    weights = class_weights(_train(accounts.records, splits) + made, recipe.balance, task=task)
-    table = records_table(records, [splits[id(record)] for record in records], task, weights, workers)
-    conflicts = conflicts_table(accounts.records, accounts.pairs, task)
-    details = _describe_all(accounts, table, comparison, recipe, digests) | details | {"class_weights": weights}
-    details["roles"], details["label_conflicts"] = _describe(roles), len(conflicts)
+    weights = class_weights(_train(accounts.records) + made, recipe.balance, task=task)
+    details["class_weights"] = weights
+    identities = Identities(records, workers)
+    tables = _tables(accounts, records, identities, task)
+    details = _describe_all(accounts, records, identities, comparison, recipe=recipe, digests=digests) | details
+    details["roles"], details["label_conflicts"] = _describe(roles), len(tables["conflicts"])
     details |= {"cleaning": cleaned.report(recipe.clean), "columns": propose(files.sources[0], roles[files.sources[0]])}
     counts = details["counts"]
     progress(f"{counts['kept']:,} of {counts['rows']:,} rows kept, {counts['rejected']:,} rejected")
-    tables = {"records": table, "rejected": rejected_table(accounts.rejected)}
-    tables |= {"merged": merged_table(accounts.merged), "conflicts": conflicts}
-    if privacy.policy:
-        places = [rows.select("record_id", "source_file", "source_row") for rows in (table, tables["merged"])]
-        tables["subjects"] = subjects_table(privacy.subjects(polars.concat(places).iter_rows()))
+    frames = records_frames(records, identities, task, weights)
     if recipe.data.canaries:
         tables["canaries"] = canaries_table(recipe.data.canaries, seed)
-        tables["records"] = plant(table, tables["canaries"])
-    return tables, details, review if privacy.policy else None
+        frames = chain(frames, [planted(tables["canaries"])])
+    if not privacy.policy:
+        del tables["subjects"]
+    return Made(frames, rows_at_once(identities.sizes), tables, details, review if privacy.policy else None)
+
+
+def _tables(
+    accounts: Accounts, records: list[Record], identities: Identities, task: str
+) -> dict[str, polars.DataFrame]:
+    """All tables but that of the records."""
+    merged = accounts.merged
+    ids = identities.of(merged_into(merged))
+    some = ((identities.of(part), part) for part in parts(records, 100_000))
+    return {
+        "rejected": rejected_table(accounts.rejected),
+        "merged": merged_table(merged, ids),
+        "conflicts": conflicts_table(accounts.records, accounts.pairs, task, identities),
+        "subjects": subjects_table(chain(some, [(ids, [item.record for item in merged])])),
+    }
 
 
 def _key(recipe: Recipe, digests: dict[str, str], forgotten: list[dict[str, Any]]) -> str:
@@ -186,7 +222,7 @@ def _deduplicate(
     if config.exact:
         accounts.records, merged = merge_exact(accounts.records)
         accounts.merged += merged
-    comparison = Comparison(accounts.records, task, workers)
+    comparison = Comparison(accounts.records, task, workers, accounts.spool.folder)
     if config.near != "ignore":
         accounts.pairs = find_pairs(accounts.records, comparison, config.threshold)
     for problem, records in test_leaks(accounts.records, accounts.pairs).items():
@@ -199,79 +235,88 @@ def _deduplicate(
     return comparison, {name: {"records_rejected": len(records)} for name, records in found.items()}
 
 
-def _split(config: DataConfig, accounts: Accounts, task: str, seed: int) -> dict[int, str]:
-    """id of a record -> its split. Groups that hold general instructions alone are for training."""
-    groups = join_groups(accounts.records, accounts.pairs, accounts.merged)
-    own = [
-        (record, group)
-        for record, group in zip(accounts.records, groups, strict=True)
-        if record.method != GENERAL and not record.source.is_test
-    ]
-    labels: dict[str, Counter[str]] = {}
-    for record, group in own if task == "classification" else ():
-        labels.setdefault(group, Counter())[record.answer] += 1
-    strata = {group: min(found, key=lambda label: (-found[label], label)) for group, found in labels.items()}
+def _split(config: DataConfig, accounts: Accounts, task: str, seed: int) -> None:
+    """Gives every record its split. Groups that hold general instructions alone are for training."""
+    named = join_groups(accounts.records, accounts.pairs, accounts.merged)
+    is_own = [record.method != GENERAL and not record.source.is_test for record in accounts.records]
+    own = list(compress(accounts.records, is_own))
+    group = number_groups((record.group for record in compress(named, is_own)), seed)
+    strata = _most_frequent(group, [record.answer for record in own]) if task == "classification" else None
     test = 0 if any(record.source.is_test for record in accounts.records) else config.test
-    sizes = Counter(group for _, group in own)
-    splits = split_groups(sizes, val=config.val, test=test, seed=seed, strata=strata)
-    found = {id(record): splits[group] for record, group in own}
-    return {id(r): "test" if r.source.is_test else found.get(id(r), "train") for r in accounts.records}
+    splits = split_groups(np.bincount(group).tolist(), val=config.val, test=test, strata=strata)
+    for record in accounts.records:
+        record.split = "test" if record.source.is_test else "train"
+    for record, number in zip(own, group.tolist(), strict=True):
+        record.split = splits[number]
+
+
+def _most_frequent(group: Ints, labels: list[str]) -> list[int]:
+    """For each group the place, among the labels in order, of its most frequent one, of equal ones the first."""
+    place = {label: number for number, label in enumerate(sorted(set(labels)))}
+    found, counts = np.unique(group * len(place) + [place[label] for label in labels], return_counts=True)
+    most = np.lexsort((found % len(place), -counts, found // len(place)))
+    first = np.unique(found[most] // len(place), return_index=True)[1]
+    frequent: list[int] = (found[most][first] % len(place)).tolist()
+    return frequent
 
 
 def _balance_and_augment(
-    accounts: Accounts,
-    splits: dict[int, str],
-    recipe: Recipe,
-    comparison: Comparison,
-    progress: Callable[[str], None],
+    accounts: Accounts, recipe: Recipe, comparison: Comparison, progress: Callable[[str], None]
 ) -> tuple[list[Record], dict[str, Any]]:
     """The synthetic records, all of them for training, and what the base was asked for; what balance leaves out is
     rejected.
     """
     seed, task, domain = recipe.seed, comparison.task, load_domain(recipe.domain) if recipe.domain else None
-    left = left_out(_train(accounts.records, splits), recipe.balance, task=task, seed=seed)
+    left = left_out(_train(accounts.records), recipe.balance, task=task, seed=seed)
     accounts.reject(left, LEFT_OUT)
-    train = _train(accounts.records, splits)
+    train = _train(accounts.records)
     asked = ask_base(train, recipe, domain, progress)
     variation = Variation(recipe.augment, domain, seed, task)
     made = augment(train, variation, rewritten=asked.messages, workers=comparison.workers)
     made += repeated(train, recipe.balance, task=task, seed=seed)
     general = [record for record in accounts.records if record.method == GENERAL]
     accounts.reject(general_excess(general, len(train) + len(made), recipe.balance, seed=seed), NOT_NEEDED)
-    splits.update((id(record), "train") for record in made)
+    for record in made:
+        record.split = "train"
     return made, asked.report()
 
 
-def _train(records: list[Record], splits: dict[int, str]) -> list[Record]:
+def _train(records: list[Record]) -> list[Record]:
     """The recipe's own training records."""
-    return [r for r in records if splits[id(r)] == "train" and r.method != GENERAL]
+    return [r for r in records if r.split == "train" and r.method != GENERAL]
 
 
-def _write(work: Path, tables: dict[str, polars.DataFrame], details: dict[str, Any]) -> None:
+def _write(work: Path, made: Made) -> None:
     """The data set's files but for the manifest."""
-    for name, table in tables.items():
+    if made.review is not None:
+        artifacts.write_atomic(work / "privacy_review.jsonl", review_lines(made.review))
+    write_parquet(work / "records.parquet", RECORDS_SCHEMA, made.records, made.rows)
+    for name, table in made.tables.items():
         artifacts.write_atomic(work / f"{name}.parquet", parquet_bytes(table))
-    artifacts.write_atomic(work / "DATA_CARD.md", data_card(details).encode())
-    artifacts.write_json(work / "croissant.json", croissant(details, work))
+    artifacts.write_atomic(work / "DATA_CARD.md", data_card(made.details).encode())
+    artifacts.write_json(work / "croissant.json", croissant(made.details, work))
 
 
 def _describe_all(
-    accounts: Accounts, table: polars.DataFrame, comparison: Comparison, recipe: Recipe, digests: dict[str, str]
-) -> dict[str, Any]:
+    accounts: Accounts, records: list[Record], identities: Identities, comparison: Comparison, *, recipe: Recipe,
+    digests: dict[str, str],
+) -> dict[str, Any]:  # fmt: skip
     """The manifest's entries about rows and records."""
     counts = accounts.counts()
     task, own = comparison.task, [record for record in accounts.records if record.method is None]
-    methods = table.filter(polars.col("parent_id").is_not_null())["method"].value_counts().sort("method")
+    methods = Counter(record.method for record in records if record.parent)
+    languages = np.bincount(identities.languages, minlength=len(LANGUAGES)).tolist()
+    splits = Counter(record.split for record in records)
     total = {what: sum(c[what] for c in counts.values()) for what in ("rows", "kept", "merged", "rejected")}
     return {
-        "counts": total | {"synthetic": int(table["parent_id"].is_not_null().sum())},
-        "rejected_by_reason": accounts.by_reason(),
-        "rejected_examples": accounts.rejected_examples(),
+        "counts": total | {"synthetic": methods.total()},
+        "rejected_by_reason": accounts.rejected.by_reason(),
+        "rejected_examples": accounts.rejected.examples(),
         "merged_by_kind": dict(sorted(Counter(item.how for item in accounts.merged).items())),
         "near_duplicate_pairs": len(accounts.pairs),
-        "synthetic_by_method": dict.fromkeys(recipe.augment.methods, 0) | dict(methods.iter_rows()),
-        "splits": {name: int((table["split"] == name).sum()) for name in ("train", "val", "test")},
-        "languages": {name: int((table["language"] == name).sum()) for name in ("zh", "en", "other")},
+        "synthetic_by_method": dict.fromkeys(recipe.augment.methods, 0) | dict(sorted(methods.items())),
+        "splits": {name: splits[name] for name in ("train", "val", "test")},
+        "languages": dict(zip(LANGUAGES, languages, strict=True)),
         "task": task,
         "labels": sorted({record.answer for record in own}) if task == "classification" else [],
         "sources": [
@@ -300,7 +345,11 @@ def _task(config: DataConfig, records: list[Record]) -> str:
         return "text"
     if config.task == "generation":
         return "generation"
-    answers = {record.answer for record in records}
+    answers = set[str]()
+    for record in records:
+        answers.add(record.answer)
+        if len(answers) > MAX_LABELS:
+            break
     are_labels = (
         len(answers) <= MAX_LABELS
         and len(records) >= MIN_RECORDS_PER_LABEL * len(answers)

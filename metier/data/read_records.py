@@ -94,12 +94,13 @@ def read_records(
 
     cleaned = Cleaned([])
     for done in workers.map(build_part, partitions(), recipe.clean):
-        cleaned.records += done.records
-        cleaned.rejected += done.rejected
-        for rule, places in done.found.items():
-            cleaned.found[rule] += places
+        for record in done.records:
+            record.store(accounts.spool)
+        for item in done.rejected:
+            accounts.rejected.add(item.source, item.row, item.problem)
+        cleaned.add(done)
     find_boilerplate(cleaned, recipe.clean)
-    accounts.records, accounts.rejected = cleaned.records, accounts.rejected + cleaned.rejected
+    accounts.records = cleaned.records
     return roles, cleaned
 
 
@@ -112,7 +113,8 @@ def build_part(part: Part, config: CleanConfig) -> Cleaned:
             if row.problem:
                 raise Rejected(row.problem)
             record = build_record(part.source, row, part.roles)
-            records.append(dataclasses.replace(record, method=part.method) if part.method else record)
+            record.method = part.method
+            records.append(record)
         except Rejected as error:
             place = Row(row.number, row.byte_offset, row.place)
             rejected.append(Rejection(part.source, place, str(error)))
@@ -129,7 +131,7 @@ def _counted(accounts: Accounts, source: Source, progress: Callable[[str], None]
         if count % 100_000 == 0:
             progress(f"reading {source.name}: {count:,} rows")
         if (source.name, row.number) in accounts.forgotten:
-            accounts.rejected.append(Rejection(source, Row(row.number, row.byte_offset, row.place), FORGOTTEN))
+            accounts.rejected.add(source, row, FORGOTTEN)
         else:
             yield row
     accounts.rows[source] = count

@@ -16,8 +16,11 @@ from typing import Any
 from metier.data.json_rows import parse_json
 from metier.data.lines import Row, Source
 from metier.data.roles import Roles, Template
+from metier.data.spool import Spool
 
 Message = dict[str, str]
+Removed = tuple[tuple[str, str], ...]  # type and keyed hash
+Content = tuple[Row, list[Message], str | None, str, Removed]
 SPEAKERS = {
     "system": "system",
     "user": "user",
@@ -36,40 +39,114 @@ class Rejected(Exception):
     """The row is no record; the message says why and holds no record text."""
 
 
-@dataclass(frozen=True, slots=True)
 class Record:
-    """One kept row (without its fields). `prompt` is the first user message, or the text.
+    """One kept row (without its fields), its texts in memory or, once `store` was called, on disk.
 
-    `group` is what must not cross a split: the group_id where the recipe names one, or else the prompt. A synthetic
-    record has the record it was made of as `parent`, how it was made as `method`, and which of these it is.
+    `prompt` is the first user message, or the text. `group` is what must not cross a split: the group_id where the
+    recipe names one, or else the prompt. A synthetic record has the record it was made of as `parent`, how it was made
+    as `method`, and which of these it is. `split` is where the record is, once it was split. `removed` has type and
+    keyed hash of what de-identification took out. Records are told apart by identity.
     """
 
-    source: Source
-    row: Row
-    messages: list[Message]
-    group_id: str | None
-    prompt: str
-    parent: Record | None = None
-    method: str | None = None
-    number: int = 0
+    __slots__ = ("_content", "_spool", "method", "number", "parent", "source", "split")
+
+    def __init__(
+        self,
+        source: Source,
+        row: Row,
+        messages: list[Message],
+        group_id: str | None,
+        prompt: str,
+        parent: Record | None = None,
+        method: str | None = None,
+        number: int = 0,
+    ) -> None:
+        self.source, self.parent, self.method, self.number, self.split = source, parent, method, number, ""
+        self._spool: Spool | None = None
+        self._content: Content | int = (row, messages, group_id, prompt, ())
 
     def __reduce__(self) -> tuple[type[Record], tuple[Any, ...]]:
-        """For another process, as in `Row`."""
+        """For another process, where there is no such file."""
         own = (self.source, self.row, self.messages, self.group_id, self.prompt, self.parent, self.method, self.number)
         return Record, own
 
     @property
+    def row(self) -> Row:
+        return self._load()[0]
+
+    @property
+    def messages(self) -> list[Message]:
+        return self._load()[1]
+
+    @property
+    def group_id(self) -> str | None:
+        return self._load()[2]
+
+    @property
+    def prompt(self) -> str:
+        return self._load()[3]
+
+    @property
+    def removed(self) -> Removed:
+        return self._load()[4]
+
+    @property
     def group(self) -> str:
-        return self.prompt if self.group_id is None else self.group_id
+        _, _, group_id, prompt, _ = self._load()
+        return prompt if group_id is None else group_id
 
     @property
     def answer(self) -> str:
-        return self.messages[-1]["content"]
+        return self._load()[1][-1]["content"]
+
+    def store(self, spool: Spool) -> None:
+        """Puts the texts on disk."""
+        self._put(spool, self._load())
+
+    def rewrite(self, messages: list[Message], group_id: str | None, removed: Removed) -> None:
+        """Gives the record other texts."""
+        row, _, _, prompt, _ = self._load()
+        prompt = next((m["content"] for m in messages if m["role"] in ("user", "text")), prompt)
+        self._put(self._spool, (row, messages, group_id, prompt, removed))
+
+    def variant(self, messages: list[Message] | None, *, method: str, number: int) -> Record:
+        """A synthetic record, made of this one; with the same texts where `messages` is None."""
+        row, own, group_id, prompt, removed = self._load()
+        made = Record(self.source, row, own, group_id, prompt, self, method, number)
+        made._spool, made._content = self._spool, self._content
+        if messages is not None:
+            made.rewrite(messages, group_id, removed)
+        return made
+
+    def _put(self, spool: Spool | None, content: Content) -> None:
+        self._spool, self._content = spool, content
+        if spool is not None:
+            row, messages, group_id, prompt, removed = content
+            turns = [text for turn in messages for text in (turn["role"], turn["content"])]
+            first = next((i for i, turn in enumerate(messages) if turn["content"] == prompt), prompt)
+            place = row.number, row.byte_offset, row.place
+            self._content = spool.put((*place, group_id, first, removed, *turns))
+
+    def _load(self) -> Content:
+        content = self._content
+        if not isinstance(content, int):
+            return content
+        assert self._spool is not None
+        loaded: Content = self._spool.get(content, _content)
+        return loaded
 
 
-def same_input(record: Record) -> tuple[str, ...]:
+def _content(value: tuple[Any, ...]) -> Content:
+    """What `Record._put` wrote."""
+    number, byte_offset, place, group_id, first, removed, *turns = value
+    messages = [{"role": role, "content": text} for role, text in zip(turns[::2], turns[1::2], strict=True)]
+    prompt = messages[first]["content"] if isinstance(first, int) else first
+    return Row(number, byte_offset, place), messages, group_id, prompt, removed
+
+
+def same_input(record: Record) -> str:
     """What is equal for records that ask the same, whatever the answer: case and white space do not count."""
-    return tuple(" ".join(message["content"].casefold().split()) for message in record.messages[:-1])
+    return "\0".join(" ".join(message["content"].casefold().split()) for message in record.messages[:-1])
 
 
 @dataclass(frozen=True, slots=True)

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import functools
 import unicodedata
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TypeVar
 
@@ -34,6 +34,7 @@ WINDOW_HAN, WINDOW_OTHER = 8, 20
 HAN_SHARE = 0.1
 MIN_SHINGLES = 8
 SAMPLE = 5_000
+HASHES_AT_ONCE = 2**23
 TEMPLATE_RECORDS = 20
 TEMPLATE_SHARE = 0.001
 # A text of at least that many code points of which less than a tenth is its own is compared whole.
@@ -118,6 +119,15 @@ def window_hashes(batch: Batch, han: int = WINDOW_HAN, other: int = WINDOW_OTHER
     return _windows(batch, han, other)
 
 
+def window_marks(batch: Batch, han: int, other: int) -> tuple[Hashes, Ints]:
+    """(marks, text): for every window of that size the least hash of a run of half as many code points in it.
+
+    Equal windows have equal marks, and windows beside each other mostly share one.
+    """
+    marks, text, _ = _windows(batch, han, other, _least)
+    return marks, text
+
+
 class Known:
     """A set of hashes, sorted, to look others up in: most of those that are not in it fail at a table of bits."""
 
@@ -150,13 +160,14 @@ class Template:
         sample = texts[::step]
         shared = max(TEMPLATE_RECORDS, int(TEMPLATE_SHARE * len(texts)))
         needed = max(5, -(-shared * len(sample) // max(1, len(texts))))
-        found = [(hashes, text + first) for first, b in batches(sample) for hashes, text, _ in [window_hashes(b)]]
-        hashes = np.concatenate([hashes for hashes, _ in found]) if found else np.empty(0, np.uint64)
-        text = np.concatenate([text for _, text in found]) if found else np.empty(0, np.int64)
-        often = _frequent(hashes, needed)
+        often = _frequent_windows(sample, needed)
         # Of these few, each text counts once: the same window twice in one text is no template.
-        candidates = among(hashes, often)
-        hashes, text = hashes[candidates], text[candidates]
+        found = [(np.empty(0, np.uint64), np.empty(0, np.int64))]
+        for first, batch in batches(sample):
+            hashes, text, _ = window_hashes(batch)
+            is_often = among(hashes, often)
+            found.append((hashes[is_often], text[is_often] + first))
+        hashes, text = (np.concatenate(parts) for parts in zip(*found, strict=True))
         order = np.lexsort((hashes, text))
         hashes, text = hashes[order], text[order]
         is_new = np.ones(len(hashes), dtype=np.bool_)
@@ -210,9 +221,20 @@ def among(hashes: Hashes, known: Hashes) -> NDArray[np.bool_]:
     return found
 
 
-def _frequent(hashes: Hashes, times: int) -> Hashes:
-    """Those that stand at least so many times among `hashes`, sorted."""
-    ordered = np.sort(hashes)
+def _frequent_windows(texts: Sequence[str], times: int) -> Hashes:
+    """The windows that stand at least so many times in the texts, sorted; some at a time, by their last bits."""
+    shares = 1 + sum(map(len, texts)) // HASHES_AT_ONCE
+    found = [np.empty(0, np.uint64)]
+    for share in range(shares):
+        whole = (window_hashes(batch)[0] for _, batch in batches(texts))
+        some = [hashes[hashes % np.uint64(shares) == share] for hashes in whole]
+        found.append(_frequent(np.concatenate([found[0], *some]), times))
+    return np.sort(np.concatenate(found))
+
+
+def _frequent(ordered: Hashes, times: int) -> Hashes:
+    """Those that stand at least so many times among the hashes, which are sorted in place."""
+    ordered.sort()
     if len(ordered) < times:
         return ordered[:0]
     starts = np.flatnonzero(np.append(True, ordered[1:] != ordered[:-1]))
@@ -220,8 +242,14 @@ def _frequent(hashes: Hashes, times: int) -> Hashes:
     return ordered[starts[counts >= times]]
 
 
-def _windows(batch: Batch, han: int, other: int) -> tuple[Hashes, Ints, Ints]:
-    """(hashes, text, position) of all windows, `han` or `other` code points long as the text is."""
+def _windows(
+    batch: Batch, han: int, other: int, of: Callable[[Hashes, int], Hashes] | None = None
+) -> tuple[Hashes, Ints, Ints]:
+    """(hashes, text, position) of all windows, `han` or `other` code points long as the text is.
+
+    `of` makes the hashes of all windows of one size; absent, `_rolling`.
+    """
+    of = of or _rolling
     is_han, codes = batch.is_han, batch.codes.astype(np.uint64)
     lengths = np.diff(batch.starts)
     counts = np.maximum(lengths - np.where(is_han, han, other) + 1, 0)
@@ -234,14 +262,14 @@ def _windows(batch: Batch, han: int, other: int) -> tuple[Hashes, Ints, Ints]:
         begins[np.maximum(late, batch.starts[:-1][some, None])[lengths[some] > 0]] = False
     position = np.flatnonzero(begins)
     if is_han.all():
-        hashes = _rolling(codes, han)[position]
+        hashes = of(codes, han)[position]
     elif not is_han.any():
-        hashes = _rolling(codes, other)[position]
+        hashes = of(codes, other)[position]
     else:
         chosen = np.repeat(is_han, counts)
         hashes = np.empty(len(position), np.uint64)
-        hashes[chosen] = _rolling(codes, han)[position[chosen]]
-        hashes[~chosen] = _rolling(codes, other)[position[~chosen]]
+        hashes[chosen] = of(codes, han)[position[chosen]]
+        hashes[~chosen] = of(codes, other)[position[~chosen]]
     return mixed(hashes), np.repeat(np.arange(len(batch)), counts), position
 
 
@@ -257,6 +285,19 @@ def _rolling(codes: Hashes, size: int) -> Hashes:
             hashes = hashes[:-1] * np.uint64(_BASE) + (codes[done:] + np.uint64(1))
             done, base = done + 1, base * _BASE % 2**64
     return hashes
+
+
+def _least(codes: Hashes, size: int) -> Hashes:
+    """The least hash of the runs of half the size in each window; [max(1, m - size + 1)]."""
+    if len(codes) < size:
+        return np.zeros(1, np.uint64)
+    half = (size + 1) // 2
+    least, done, whole = mixed(_rolling(codes, half)), 1, size - half + 1
+    while done < whole:
+        step = min(done, whole - done)
+        least = np.minimum(least[:-step], least[step:])
+        done += step
+    return least
 
 
 def mixed(hashes: Hashes) -> Hashes:

@@ -10,24 +10,40 @@ missing is filled regardless of strata.
 
 from __future__ import annotations
 
-import hashlib
 from collections import Counter
+from collections.abc import Iterable, Sequence
 
+from metier.data.alike import Digests, Ints, in_order, numbered
+from metier.data.records import Record
 from metier.errors import DataError
 
 Size = int | float
 
 
-def split_groups(
-    sizes: dict[str, int], *, val: Size, test: Size, seed: int, strata: dict[str, str] | None = None
-) -> dict[str, str]:
-    """Group -> `train`, `val` or `test`. `sizes` counts each group's records; `val` and `test` are a share or a number.
+def lots(records: Sequence[Record], seed: int) -> Ints:
+    """The records' positions in an order that depends on the seed and on each record's place alone."""
+    drawn = Digests()
+    for record in records:
+        drawn.draw(f"{seed}|{record.source.name}|{record.row.number}")
+    return in_order(drawn.keys())
 
-    `strata`: group -> its stratum; absent, all are one.
+
+def number_groups(names: Iterable[str], seed: int) -> Ints:
+    """[n]: for each record, of whose group the name is given, the group's number in the order that the seed draws."""
+    drawn = Digests()
+    for name in names:
+        drawn.draw(f"{seed}|{name}")
+    return numbered(drawn.keys())
+
+
+def split_groups(sizes: Sequence[int], *, val: Size, test: Size, strata: Sequence[int] | None = None) -> list[str]:
+    """Each group's split: `train`, `val` or `test`. `sizes`: its number of records, in the order of `number_groups`.
+
+    `val` and `test` are a share or a number. `strata`: each group's stratum; absent, all are one.
 
     Raises `DataError` where fewer groups than asked-for splits exist, or nothing would be left to train on.
     """
-    total = sum(sizes.values())
+    total = sum(sizes)
     wanted = {"test": _records(test, total), "val": _records(val, total)}
     asked = [name for name, count in wanted.items() if count]
     if len(sizes) < len(asked) + 1:
@@ -44,14 +60,13 @@ def split_groups(
             "none would be left to train on",
             hint="ask for fewer, or for shares such as 0.1",
         )
-    left = sorted(sizes, key=lambda group: hashlib.sha256(f"{seed}|{group}".encode()).digest())
-    splits = dict.fromkeys(sizes, "train")
+    strata = strata or [0] * len(sizes)
+    left, splits = list(range(len(sizes))), ["train"] * len(sizes)
     for position, name in enumerate(asked):
         needed_later = len(asked) - position  # one group for each later split and one for train
-        chosen = _fill(left, sizes, wanted[name], len(left) - needed_later, strata or {})
-        splits.update(dict.fromkeys(chosen, name))
-        taken = set(chosen)
-        left = [group for group in left if group not in taken]
+        for group in _fill(left, sizes, wanted[name], len(left) - needed_later, strata):
+            splits[group] = name
+        left = [group for group in left if splits[group] == "train"]
     return splits
 
 
@@ -61,22 +76,22 @@ def _records(size: Size, total: int) -> int:
     return max(1, round(size * total))
 
 
-def _fill(groups: list[str], sizes: dict[str, int], wanted: int, most: int, strata: dict[str, str]) -> list[str]:
-    of_stratum = Counter[str]()
+def _fill(groups: list[int], sizes: Sequence[int], wanted: int, most: int, strata: Sequence[int]) -> Iterable[int]:
+    of_stratum = Counter[int]()
     for group in groups:
-        of_stratum[strata.get(group, "")] += sizes[group]
+        of_stratum[strata[group]] += sizes[group]
     total = of_stratum.total()
     left = {stratum: wanted * count // total for stratum, count in of_stratum.items()}
-    chosen: dict[str, None] = {}
+    chosen: dict[int, None] = {}
     count = 0
     for is_stratified in (True, False):
         for group in groups:
             if len(chosen) == most or count == wanted:
                 break
-            stratum = strata.get(group, "")
+            stratum = strata[group]
             fits = not is_stratified or sizes[group] <= left[stratum]
             if group not in chosen and fits and count + sizes[group] <= wanted:
                 chosen[group] = None
                 count += sizes[group]
                 left[stratum] -= sizes[group]
-    return list(chosen) or [min(groups, key=lambda group: sizes[group])]
+    return chosen or [min(groups, key=sizes.__getitem__)]

@@ -3,19 +3,32 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Iterator, Sequence
-from typing import Any
+from collections.abc import Iterable, Iterator, Sequence
+from itertools import islice
+from pathlib import Path
+from typing import Any, BinaryIO
 
+import numpy as np
 import polars
+from numpy.typing import NDArray
+from polars.io.plugins import register_io_source
 
-from metier.artifacts import digest_json
+from metier.artifacts import atomic_file, digest_json
+from metier.data.alike import Digests, groups_of
 from metier.data.dedup import Merged, Pair
 from metier.data.partitions import Workers, parts
 from metier.data.records import Message, Record, Rejection, language_of, same_input
+from metier.errors import RunError
 
+Ids = NDArray[np.uint64]
+Places = NDArray[np.int8]
 Identity = tuple[str, int, list[Message], str | None, int]  # file, row, messages, method, number
 
+# The rows of a group of records.parquet at most, and the bytes of their texts: what is held at once, a few times.
 AT_ONCE = 100_000
+BYTES_AT_ONCE = 2**27
+PIECE = 10_000
+LANGUAGES = ("zh", "en", "other")
 RECORDS_SCHEMA: dict[str, Any] = {
     "record_id": polars.String,
     "split": polars.String,
@@ -52,60 +65,111 @@ CONFLICTS_SCHEMA: dict[str, Any] = {
 }
 
 
-def record_id(record: Record) -> str:
-    """16 hexadecimal digits that follow from where the record stands and what is in it."""
-    return _id(*_identity(record))
+def identity_part(part: Sequence[Identity]) -> tuple[Ids, Places, NDArray[np.int64]]:
+    """Of some records the record_id, as a number, the language, by its place in LANGUAGES, and the bytes of text."""
+    named = ([*place, *([method, number] if method else [])] for *place, method, number in part)
+    ids = [int(digest_json(one)[:16], 16) for one in named]
+    languages = [LANGUAGES.index(language_of(messages)) for _, _, messages, _, _ in part]
+    sizes = [sum(len(turn["content"].encode()) for turn in messages) for _, _, messages, _, _ in part]
+    return np.array(ids, np.uint64), np.array(languages, np.int8), np.array(sizes, np.int64)
+
+
+class Identities:
+    """The ids of records, found again by record: 16 hexadecimal digits that follow from where the record stands and
+    what is in it. `languages`, by their places in LANGUAGES, and `sizes` in bytes are in the records' order.
+    """
+
+    def __init__(self, records: list[Record], workers: Workers) -> None:
+        asked = ([_identity(record) for record in part] for part in parts(records))
+        found = [identity_part([]), *workers.map(identity_part, asked)]
+        ids, self.languages, self.sizes = (np.concatenate(some) for some in zip(*found, strict=True))
+        # By address: a dict would take eight times the memory.
+        addresses = _addresses(records)
+        order = np.argsort(addresses)
+        self._addresses, self._ids = addresses[order], ids[order]
+
+    def of(self, records: Sequence[Record]) -> list[str]:
+        """The record_id of each of the records, also of others."""
+        asked = _addresses(records)
+        places = np.minimum(np.searchsorted(self._addresses, asked), len(self._ids) - 1)
+        ids = self._ids[places]
+        others = np.flatnonzero(self._addresses[places] != asked).tolist()
+        ids[others] = identity_part([_identity(records[i]) for i in others])[0]
+        return [f"{number:016x}" for number in ids.tolist()]
+
+
+def _addresses(records: Sequence[Record]) -> Ids:
+    return np.fromiter(map(id, records), dtype=np.uint64, count=len(records))
 
 
 def _identity(record: Record) -> Identity:
     return record.source.name, record.row.number, record.messages, record.method, record.number
 
 
-def _id(file: str, row: int, messages: list[Message], method: str | None, number: int) -> str:
-    return digest_json([file, row, messages, *([method, number] if method else [])])[:16]
+def records_frames(
+    records: list[Record], identities: Identities, task: str, weights: dict[str, float]
+) -> Iterator[polars.DataFrame]:
+    """The rows of records.parquet, some at a time; `weights` has a label's weight in training."""
+    step = rows_at_once(identities.sizes)
+    for start in range(0, max(1, len(records)), step):
+        rows = slice(start, start + step)
+        yield _group(records[rows], identities, identities.languages[rows], task=task, weights=weights)
 
 
-def identity_part(part: Sequence[Identity]) -> list[tuple[str, str]]:
-    """The record_id and the language of some records."""
-    return [(_id(*identity), language_of(identity[2])) for identity in part]
+def rows_at_once(sizes: NDArray[np.int64]) -> int:
+    """How many rows of records.parquet are held and written at once: fewer where their texts are long."""
+    most = min(AT_ONCE, len(sizes))
+    heaviest = int(np.add.reduceat(sizes, np.arange(0, len(sizes), AT_ONCE)).max()) if most else 0
+    return AT_ONCE if heaviest <= BYTES_AT_ONCE else max(1, most * BYTES_AT_ONCE // heaviest)
 
 
-def records_table(
-    records: list[Record], splits: list[str], task: str, weights: dict[str, float], workers: Workers
+def _group(
+    records: list[Record], identities: Identities, languages: Places, *, task: str, weights: dict[str, float]
 ) -> polars.DataFrame:
-    """The rows of records.parquet; `splits` holds each record's split, `weights` a label's weight in training."""
-    found = [one for some in workers.map(identity_part, _identities(records)) for one in some]
-    ids = {id(record): record_id for record, (record_id, _) in zip(records, found, strict=True)}
-    # Some at a time: the lists that a table is made of take more memory than the table.
-    made = [
-        polars.DataFrame(
-            {
-                "record_id": [record_id for record_id, _ in found[rows]],
-                "split": splits[rows],
-                "group_id": [record.group_id for record in some],
-                "messages": _messages(some),
-                "label": [r.answer if task == "classification" and r.method != "general" else None for r in some],
-                "language": [language for _, language in found[rows]],
-                "source_file": [record.source.name for record in some],
-                "source_row": [record.row.number for record in some],
-                "parent_id": [(ids.get(id(r.parent)) or record_id(r.parent)) if r.parent else None for r in some],
-                "method": [record.method for record in some],
-                "weight": None,
-            },
-            schema=RECORDS_SCHEMA,
-        )
-        for rows in (slice(start, start + AT_ONCE) for start in range(0, len(records), AT_ONCE))
-        for some in [records[rows]]
-    ]
-    table = polars.concat(made, rechunk=False)
+    """The rows of some records; made in pieces, because the lists that a table is made of take more than the table."""
+    bounds = [*range(0, len(records), PIECE), len(records)]
+    table = polars.concat(
+        [
+            polars.DataFrame(schema=RECORDS_SCHEMA),
+            *(_frame(records[a:b], identities, languages[a:b], task) for a, b in zip(bounds, bounds[1:], strict=False)),
+        ],
+        rechunk=True,
+    )
     if not weights:
         return table
     of_label = polars.col("label").replace_strict(weights, default=None, return_dtype=polars.Float64)
     return table.with_columns(weight=polars.when(polars.col("split") == "train").then(of_label))
 
 
-def _identities(records: list[Record]) -> Iterator[list[Identity]]:
-    return ([_identity(record) for record in part] for part in parts(records))
+def _stops(sizes: NDArray[np.int64]) -> Iterator[int]:
+    """Where groups of the file's rows end, but for the last."""
+    rows = text = 0
+    for position, size in enumerate(sizes.tolist()):
+        if rows == AT_ONCE or (rows and text + size > BYTES_AT_ONCE):
+            yield position
+            rows = text = 0
+        rows, text = rows + 1, text + size
+
+
+def _frame(records: list[Record], identities: Identities, languages: Places, task: str) -> polars.DataFrame:
+    made = [record for record in records if record.parent]
+    parents = iter(identities.of([record.parent for record in made if record.parent]))
+    return polars.DataFrame(
+        {
+            "record_id": identities.of(records),
+            "split": [record.split for record in records],
+            "group_id": [record.group_id for record in records],
+            "messages": _messages(records),
+            "label": [r.answer if task == "classification" and r.method != "general" else None for r in records],
+            "language": [LANGUAGES[place] for place in languages.tolist()],
+            "source_file": [record.source.name for record in records],
+            "source_row": [record.row.number for record in records],
+            "parent_id": [next(parents) if record.parent else None for record in records],
+            "method": [record.method for record in records],
+            "weight": None,
+        },
+        schema=RECORDS_SCHEMA,
+    )
 
 
 def _messages(records: list[Record]) -> polars.Series:
@@ -122,42 +186,43 @@ def _messages(records: list[Record]) -> polars.Series:
     return grouped["messages"]
 
 
-def rejected_table(rejected: list[Rejection]) -> polars.DataFrame:
+def rejected_table(rejected: Iterable[Rejection]) -> polars.DataFrame:
     """The rows of rejected.parquet."""
-    return polars.DataFrame(
-        {
-            "source_file": [item.source.name for item in rejected],
-            "source_row": [item.row.number for item in rejected],
-            "byte_offset": [item.row.byte_offset for item in rejected],
-            "reason": [item.reason for item in rejected],
-        },
-        schema=REJECTED_SCHEMA,
-    )
+    rows = ((item.source.name, item.row.number, item.row.byte_offset, item.reason) for item in rejected)
+    frames = [polars.DataFrame(schema=REJECTED_SCHEMA)]
+    while some := list(islice(rows, AT_ONCE)):
+        frames.append(polars.DataFrame(some, schema=REJECTED_SCHEMA, orient="row"))
+    return polars.concat(frames, rechunk=True)
 
 
-def merged_table(merged: list[Merged]) -> polars.DataFrame:
-    """The rows of merged.parquet: which row went into which record."""
-    end = {id(item.record): item.into for item in merged}
-    into = []
+def merged_into(merged: list[Merged]) -> list[Record]:
+    """The record that each row ended in."""
+    end = {item.record: item.into for item in merged}
+    found = []
     for item in merged:
         record = item.into
-        while id(record) in end:  # merged itself, later
-            record = end[id(record)]
-        into.append(record_id(record))
+        while record in end:  # merged itself, later
+            record = end[record]
+        found.append(record)
+    return found
+
+
+def merged_table(merged: list[Merged], ids: list[str]) -> polars.DataFrame:
+    """The rows of merged.parquet: which row went into which record; `ids` are those of `merged_into`."""
     return polars.DataFrame(
         {
             "source_file": [item.record.source.name for item in merged],
             "source_row": [item.record.row.number for item in merged],
             "byte_offset": [item.record.row.byte_offset for item in merged],
             "group_id": [item.record.group_id for item in merged],
-            "record_id": into,
+            "record_id": ids,
             "how": [item.how for item in merged],
         },
         schema=MERGED_SCHEMA,
     )
 
 
-def conflicts_table(records: list[Record], pairs: list[Pair], task: str) -> polars.DataFrame:
+def conflicts_table(records: list[Record], pairs: list[Pair], task: str, identities: Identities) -> polars.DataFrame:
     """The rows of conflicts.parquet: equal inputs and near-duplicates with different labels, the most similar first."""
     if task != "classification":
         return polars.DataFrame(schema=CONFLICTS_SCHEMA)
@@ -166,8 +231,10 @@ def conflicts_table(records: list[Record], pairs: list[Pair], task: str) -> pola
         ((a, b, s) for (a, b), s in (near | dict.fromkeys(_contradictions(records), 1.0)).items()),
         key=lambda pair: (-pair[2], pair[0], pair[1]),
     )
+    ones, others = [records[one] for one, _, _ in found], [records[other] for _, other, _ in found]
+    rows = zip(identities.of(ones), ones, identities.of(others), others, found, strict=True)
     return polars.DataFrame(
-        [(record_id(records[a]), records[a].answer, record_id(records[b]), records[b].answer, s) for a, b, s in found],
+        [(one_id, one.answer, other_id, other.answer, s) for one_id, one, other_id, other, (_, _, s) in rows],
         schema=CONFLICTS_SCHEMA,
         orient="row",
     )
@@ -175,12 +242,11 @@ def conflicts_table(records: list[Record], pairs: list[Pair], task: str) -> pola
 
 def _contradictions(records: list[Record]) -> set[tuple[int, int]]:
     """Each record whose like has another label, with the first of those."""
-    groups: dict[tuple[str, ...], list[int]] = {}
-    for position, record in enumerate(records):
-        if record.method is None:
-            groups.setdefault(same_input(record), []).append(position)
+    own, inputs = [position for position, record in enumerate(records) if record.method is None], Digests()
+    for position in own:
+        inputs.add(same_input(records[position]))
     found = set()
-    for group in groups.values():
+    for group in ([own[i] for i in some] for some in groups_of(inputs.keys())):
         firsts: dict[str, int] = {}
         for position in group:
             firsts.setdefault(records[position].answer, position)
@@ -190,9 +256,60 @@ def _contradictions(records: list[Record]) -> set[tuple[int, int]]:
     return found
 
 
-def subjects_table(found: dict[str, list[str]]) -> polars.DataFrame:
-    """The rows of subjects.parquet: keyed hashes of what was taken out of each record."""
-    return polars.DataFrame(found, schema=dict.fromkeys(("record_id", "subject_hash", "entity_type"), polars.String))
+def subjects_table(rows: Iterable[tuple[list[str], Sequence[Record]]]) -> polars.DataFrame:
+    """The rows of subjects.parquet: keyed hashes of what was taken out of each record; `rows` have ids and records."""
+    schema = dict.fromkeys(("record_id", "subject_hash", "entity_type"), polars.String)
+    frames = [polars.DataFrame(schema=schema)]
+    for ids, records in rows:
+        found = [
+            (record_id, hashed, entity_type)
+            for record_id, record in zip(ids, records, strict=True)
+            for entity_type, hashed in dict.fromkeys(record.removed)
+        ]
+        frames.append(polars.DataFrame(found, schema=schema, orient="row"))
+    return polars.concat(frames, rechunk=True)
+
+
+def write_parquet(path: Path, schema: dict[str, Any], frames: Iterator[polars.DataFrame], rows: int = AT_ONCE) -> None:
+    """A Parquet file, written frame after frame of so many rows; the same frames give the same bytes.
+
+    Raises `RunError`.
+    """
+
+    def given(
+        columns: list[str] | None, predicate: polars.Expr | None, rows: int | None, size: int | None
+    ) -> Iterator[polars.DataFrame]:
+        return frames
+
+    with atomic_file(path) as file:
+        target = _Target(file)
+        try:
+            register_io_source(given, schema=schema).sink_parquet(  # type: ignore[call-overload]
+                target, compression="zstd", maintain_order=True, row_group_size=rows if rows < AT_ONCE else None
+            )
+        except polars.exceptions.ComputeError:
+            raise target.error or RunError(f"`{path}` could not be written") from None
+
+
+class _Target:
+    """A file that keeps what the disk refused, of which polars tells the words alone."""
+
+    def __init__(self, file: BinaryIO) -> None:
+        self._file = file
+        self.error: OSError | None = None
+
+    def write(self, data: bytes) -> int:
+        try:
+            return self._file.write(data)
+        except OSError as error:
+            self.error = error
+            raise
+
+    def flush(self) -> None:
+        self._file.flush()
+
+    def close(self) -> None:
+        """The one who opened it closes it."""
 
 
 def parquet_bytes(table: polars.DataFrame) -> bytes:

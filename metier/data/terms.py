@@ -70,15 +70,20 @@ def coverage(domain: Domain, records: list[Record], workers: Workers | None = No
 
     Latin names count as whole words; those with capitals inside (CAR, eGFR) only as written.
     """
-    texts = ["\n".join(t["content"] for t in record.messages if t["role"] != "system") for record in records]
-    done = list((workers or Workers()).map(coverage_part, parts(texts), domain))
-    found = {name for names, _ in done for name in names}
+    texts = (
+        ["\n".join(t["content"] for t in record.messages if t["role"] != "system") for record in part]
+        for part in parts(records)
+    )
+    found, count = set[str](), 0
+    for names, holding in (workers or Workers()).map(coverage_part, texts, domain):
+        found |= names
+        count += holding
     known = [not found.isdisjoint((*term.en, *term.zh)) for term in domain.terms]
     missing = [(term.en or term.zh)[0] for term, is_known in zip(domain.terms, known, strict=True) if not is_known]
     return {
         "terms": len(domain.terms),
         "terms_found": sum(known),
-        "records_with_a_term": sum(count for _, count in done),
+        "records_with_a_term": count,
         "terms_missing": missing,
     }
 

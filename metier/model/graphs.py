@@ -2,16 +2,18 @@
 
 A graph wants fixed sizes. So a pass is padded to a bucket: tokens to at most an eighth more, and less where kernels
 are long; supervised positions to an eighth, a quarter, half or all of the tokens, documents to a power of two. Padding
-tokens are documents of their own and carry no loss, so that nothing of a record changes. A bucket is recorded when it
-is first met (about a second) and replayed from then on; all share one memory pool. Where the memory for that is not
-there, passes run as they are. In a pass of several adapters the padding is the last one's, and where each begins and
-ends is an input.
+tokens are documents of their own and carry no loss, so that nothing of a record changes. A bucket is recorded (up to a
+second) and replayed from then on: when it is first met where kernels are short, for which the host is too slow, and
+else when it has come often. Until then, and where the memory for it is not there, passes run as they are. All share
+one memory pool. In a pass of several adapters the padding is the last one's, and where each begins and ends is an
+input.
 """
 
 from __future__ import annotations
 
 import contextlib
 import gc
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
@@ -20,12 +22,14 @@ import torch
 from torch.nn import functional
 
 from metier.kernels.attention import Documents
-from metier.kernels.reference import Groups
+from metier.kernels.groups import Groups
 
 MAX_GRAPHS = 48
 # From this many (tokens x weights of a layer) a padding token costs more than a bucket saves (H100): finer buckets.
 MUCH_WORK = 5e11
 FINE_GRAIN = 256
+# Such a pass gains a fourteenth by its graph, which takes as long to record as three passes (H100, 8,192 tokens).
+MEETINGS = 8
 
 
 class Pass(Protocol):
@@ -33,7 +37,7 @@ class Pass(Protocol):
 
     recompute: Any
     layer_size: int
-    num_adapters: int
+    ranks: tuple[int, ...]
 
     @property
     def drops_out(self) -> bool: ...
@@ -82,6 +86,7 @@ class GraphedPasses:
     run: Pass
     parameters: list[torch.nn.Parameter]
     recorded: dict[tuple[Any, ...], _Recorded] = field(default_factory=dict)
+    met: Counter[tuple[Any, ...]] = field(default_factory=Counter)
     grads: list[torch.Tensor] = field(default_factory=list)
     max_seqlen: int = 128
     num_documents: int = 8
@@ -95,25 +100,27 @@ class GraphedPasses:
     ) -> torch.Tensor | None:  # fmt: skip
         """The pass's losses [N], the gradient of their sum times `weights` [N] added; None when no graph has room.
 
-        `spans`: see `metier.kernels.reference.Groups`.
+        `spans`: see `metier.kernels.groups.Groups`.
         """
         bucket, groups = self.bucket(batch), None
         if spans:
             number, start, _ = spans[-1]
             spans = (*spans[:-1], (number, start, bucket.num_tokens))
-            groups = Groups(spans, self.run.num_adapters).on(weights.device)
+            groups = Groups(spans, self.run.ranks).on(weights.device)
             # A power of two: shares beyond an adapter's rows cost next to nothing.
             self.longest = max(self.longest, 1 << (groups.longest - 1).bit_length())
             bucket = replace(bucket, longest=self.longest, is_even=groups.is_even)
         key = (self.run.recompute, self.run.drops_out, *bucket.key)
-        if key not in self.recorded and len(self.recorded) >= self.max_graphs:
+        self.met[key] += 1
+        is_rare = self._is_long(sum(batch.lengths)) and self.met[key] < MEETINGS
+        if key not in self.recorded and (is_rare or len(self.recorded) >= self.max_graphs):
             return None
         inputs = padded_inputs(batch, bucket)
         inputs["weights"] = functional.pad(weights, (0, bucket.num_positions - weights.shape[0]))
         if self.run.drops_out:
             inputs["row_keys"] = functional.pad(batch.row_keys, (0, bucket.num_tokens - batch.row_keys.shape[0]))
-        if groups is not None and groups.bounds is not None:
-            inputs["bounds"] = groups.bounds
+        if groups is not None and groups.table is not None:
+            inputs["table"] = groups.table
         self._attach_grads()
         if key not in self.recorded:
             recorded = self._record(inputs, bucket)
@@ -129,8 +136,7 @@ class GraphedPasses:
     def bucket(self, batch: Any) -> Bucket:
         """The sizes that `batch` is padded to. The limits on documents grow and never shrink, as that on rows does."""
         total = sum(batch.lengths)
-        is_long = total * self.run.layer_size >= MUCH_WORK
-        grain = FINE_GRAIN if is_long else max(128, 1 << max(0, total.bit_length() - 4))
+        grain = FINE_GRAIN if self._is_long(total) else max(128, 1 << max(0, total.bit_length() - 4))
         self.max_seqlen = max(self.max_seqlen, 1 << (max(batch.lengths) - 1).bit_length())
         lengths, rest = list(batch.lengths), -total % grain
         while rest > 0:
@@ -143,6 +149,9 @@ class GraphedPasses:
         is_equal = min(lengths) == max(lengths) and lengths[0] % 128 == 0
         equal = lengths[0] if is_equal else 0
         return Bucket(tuple(lengths), num_positions, self.num_documents, self.max_seqlen, equal)
+
+    def _is_long(self, num_tokens: int) -> bool:
+        return num_tokens * self.run.layer_size >= MUCH_WORK
 
     def _attach_grads(self) -> None:
         """The graphs write to the same gradients each time; a step that cleared them gets them back, zeroed."""
@@ -163,8 +172,8 @@ class GraphedPasses:
         buffers["weights"].zero_()  # the pass that is made before recording adds nothing to the gradients
         documents = Documents(buffers["cu_seqlens"], bucket.max_seqlen, None, None, bucket.equal)
         groups = None
-        if "bounds" in buffers:
-            groups = Groups((), self.run.num_adapters, buffers["bounds"], bucket.longest, bucket.is_even)
+        if "table" in buffers:
+            groups = Groups((), self.run.ranks, buffers["table"], bucket.longest, bucket.is_even)
 
         def once() -> torch.Tensor:
             losses = self.run.losses_of(buffers, documents, groups)

@@ -28,7 +28,7 @@ from metier.training import ranks
 from metier.training.checkpoint import Progress, load_checkpoint, save_checkpoint
 from metier.training.pack import PackedBatch, pack_batches
 from metier.training.schedule import Plan, learning_rate_at, records_of_step, seed_of
-from metier.training.step import OutOfMemory, StepResult, mean_loss, train_step
+from metier.training.step import OutOfMemory, StepResult, mean_loss, start_step
 from metier.training.stop import StopRequest
 from metier.training.track import Metrics
 
@@ -61,6 +61,7 @@ class Trainer:
     def __post_init__(self) -> None:
         self.progress = Progress(micro_batch_tokens=self.plan.micro_batch_tokens, recompute=self.plan.recompute)
         self.best: dict[str, torch.Tensor] = self.adapter.tensors()
+        self._ahead: tuple[tuple[int, int], list[PackedBatch]] | None = None
         self.optimizer = torch.optim.AdamW(
             list(self.adapter.parameters.values()), lr=self.plan.peak_learning_rate,
             weight_decay=self.config.weight_decay, fused=True,
@@ -85,7 +86,12 @@ class Trainer:
 
     def batches(self) -> list[PackedBatch]:
         """This rank's passes of the next step, on the device."""
-        number = self.progress.step
+        ahead, self._ahead = self._ahead, None
+        if ahead is not None and ahead[0] == (self.progress.step, self.progress.micro_batch_tokens):
+            return ahead[1]
+        return self._batches_of(self.progress.step)
+
+    def _batches_of(self, number: int) -> list[PackedBatch]:
         chosen = [self.train_records[i] for i in records_of_step(self.plan, self.seed, number)]
         places = ranks.share(range(len(chosen)), [record.num_tokens for record in chosen])
         # By its place in the step: a record's dropout is the same in any pass of any rank.
@@ -107,10 +113,14 @@ class Trainer:
     def _train_step(self) -> StepResult:
         # For an architecture with dropout of its own.
         torch.manual_seed(seed_of("dropout", self.seed, self.progress.step))
-        return train_step(
+        result = start_step(
             self.model, self.optimizer, self.batches(), learning_rate=self.learning_rate,
             max_grad_norm=self.config.max_grad_norm, scaler=self.scaler,
         )  # fmt: skip
+        following = self.progress.step + 1
+        if following < self.plan.total_steps:  # packed while the GPU works
+            self._ahead = (following, self.progress.micro_batch_tokens), self._batches_of(following)
+        return result()
 
     def counted(self, result: StepResult) -> StepResult:
         """Counts a step that was made or skipped. Raises `RunError` after three skipped ones in a row."""

@@ -80,36 +80,25 @@ def collate(records: Sequence[Rendered], keys: Sequence[int] | None = None) -> P
 
     `keys`, one a record, become its tokens' row_keys.
     """
-    input_ids: list[int] = []
-    position_ids: list[int] = []
-    positions: list[int] = []
-    targets: list[int] = []
-    weights: list[float] = []
-    for record in records:
-        start = len(input_ids)
-        input_ids += record.input_ids
-        position_ids += range(record.num_tokens)
-        for offset, label in enumerate(record.labels[1:]):
-            if label != IGNORE_INDEX:
-                positions.append(start + offset)
-                targets.append(label)
-                weights.append(record.weight)
+    lengths = torch.tensor([record.num_tokens for record in records])
+    ends = lengths.cumsum(0)
+    input_ids = torch.tensor([token for record in records for token in record.input_ids])
+    labels = torch.tensor([label for record in records for label in record.labels])
+    targets = labels.roll(-1)
+    targets[ends - 1] = IGNORE_INDEX
+    positions = (targets != IGNORE_INDEX).nonzero()[:, 0]
+    weights = None
+    if any(record.weight != 1 for record in records):
+        each = torch.tensor([record.weight for record in records], dtype=torch.float32)
+        weights = each.repeat_interleave(lengths)[positions]
+    places = torch.arange(len(input_ids)) - (ends - lengths).repeat_interleave(lengths)
+    row_keys = None
+    if keys is not None:  # any keys: one a token, from its record's and its place in the record
+        row_keys = (places * 0x9E3779B1 + torch.tensor(keys).repeat_interleave(lengths)) & 0xFFFFFFFF
+        row_keys = (row_keys - (1 << 31)).to(torch.int32)
     return PackedBatch(
-        torch.tensor([input_ids]), torch.tensor([position_ids]),
-        torch.tensor(positions, dtype=torch.int64), torch.tensor(targets, dtype=torch.int64),
-        tuple(record.num_tokens for record in records),
-        torch.tensor(weights) if any(weight != 1 for weight in weights) else None,
-        None if keys is None else _row_keys(records, keys),
-    )  # fmt: skip
-
-
-def _row_keys(records: Sequence[Rendered], keys: Sequence[int]) -> torch.Tensor:
-    """int32 [T] of any keys: one a token, from its record's key and its place in the record."""
-    rows = [
-        (torch.arange(record.num_tokens) * 0x9E3779B1 + key) & 0xFFFFFFFF
-        for record, key in zip(records, keys, strict=True)
-    ]
-    return (torch.cat(rows) - (1 << 31)).to(torch.int32)
+        input_ids[None], places[None], positions, targets[positions], tuple(lengths.tolist()), weights, row_keys
+    )
 
 
 def pack_batches(

@@ -58,7 +58,12 @@ def loss_sum(model: Any, batch: PackedBatch) -> torch.Tensor:
     return cross_entropy_sum(logits[0], batch.loss_targets, batch.loss_weights)
 
 
-def train_step(
+def train_step(model: Any, optimizer: torch.optim.Optimizer, batches: Sequence[PackedBatch], **how: Any) -> StepResult:
+    """`start_step`, waited for."""
+    return start_step(model, optimizer, batches, **how)()
+
+
+def start_step(
     model: Any,
     optimizer: torch.optim.Optimizer,
     batches: Sequence[PackedBatch],
@@ -66,9 +71,10 @@ def train_step(
     learning_rate: float,
     max_grad_norm: float,
     scaler: torch.amp.GradScaler,
-) -> StepResult:
+) -> Callable[[], StepResult]:
     """Forward and backward over `batches`, clip, update. A step with NaN or inf leaves the weights as they were.
 
+    What is returned waits for the result: until then the host has time for something else, where a GPU does the work.
     With several ranks, `batches` are this rank's part of the step; the result is of all of them. Raises `OutOfMemory`
     on all of them when a pass of one did not fit; weights and optimizer are then as they were.
     `scaler` scales the loss for fp16 and is disabled otherwise.
@@ -101,11 +107,14 @@ def train_step(
     ranks.sum_gradients(parameters)
     # Of several ranks the loss is known already; of one it may still be on its way.
     loss = total if ranks.size() == 1 else torch.tensor(loss_of_all, dtype=torch.float64)
-    loss_value, grad_norm = update(
-        optimizer, loss, learning_rate=learning_rate, max_grad_norm=max_grad_norm, scaler=scaler
-    ).tolist()
-    is_skipped = not (math.isfinite(loss_value) and math.isfinite(grad_norm))
-    return StepResult(loss_value / loss_weight, grad_norm, int(num_tokens), int(num_loss_tokens), is_skipped)
+    numbers = update(optimizer, loss, learning_rate=learning_rate, max_grad_norm=max_grad_norm, scaler=scaler)
+
+    def result() -> StepResult:
+        loss_value, grad_norm = numbers.tolist()
+        is_skipped = not (math.isfinite(loss_value) and math.isfinite(grad_norm))
+        return StepResult(loss_value / loss_weight, grad_norm, int(num_tokens), int(num_loss_tokens), is_skipped)
+
+    return result
 
 
 def passes(

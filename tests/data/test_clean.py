@@ -130,7 +130,7 @@ def test_shared_first_and_last_lines_are_counted_and_taken_out_when_asked() -> N
     records = [record(f"news {i}\nbody {i}\n{foot}", None, i) for i in range(30)]
     records += [record(foot, None, 30), record("Only this one stands here\nbody", None, 31)]
     kept = clean(records, CleanConfig())
-    assert len(kept.found["boilerplate"]) == 30 and kept.records[0].prompt.endswith(foot)
+    assert kept.found["boilerplate"].count == 30 and kept.records[0].prompt.endswith(foot)
     removed = clean(records, CleanConfig(boilerplate="remove")).records
     assert removed[3].messages == [{"role": "text", "content": "news 3\nbody 3"}]
     assert removed[3].prompt == "news 3\nbody 3"
@@ -147,15 +147,15 @@ def test_contradictory_labels_are_listed_and_go_by_the_policy(policy: str, left:
     cleaned = Cleaned(records)
     out = {id(r) for r in contradictions(cleaned.records, policy, cleaned)}
     assert [r.row.number for r in cleaned.records if id(r) not in out] == left
-    assert len(cleaned.found["contradictions"]) == 6
+    assert cleaned.found["contradictions"].count == 6
 
 
 def test_script_is_converted_by_phrases() -> None:
     pytest.importorskip("opencc")
     cleaned = clean([record("頭髮與發展")], CleanConfig(script="simplified"))
-    assert cleaned.records[0].prompt == "头发与发展" and cleaned.found["script"] == ["a.csv:1"]
+    assert cleaned.records[0].prompt == "头发与发展" and cleaned.found["script"].first == ["a.csv:1"]
     damaged = clean([record("锟斤拷 我的卡")], CleanConfig(script="traditional", mojibake="reject"))
-    assert not damaged.records and damaged.found["mojibake"] == ["a.csv:1"]
+    assert not damaged.records and damaged.found["mojibake"].first == ["a.csv:1"]
 
 
 def test_cleaning_stands_in_manifest_and_card_and_every_row_is_accounted_for(tmp_path: Path) -> None:

@@ -265,7 +265,7 @@ def test_a_group_of_one_learns_what_the_whole_base_learns(
             assert model is not None
             model.graphs = None  # of which the shared base has none
             set_recompute(model, recompute)
-            optimizer = torch.optim.AdamW(list(adapter.parameters.values()), lr=1e-2)
+            optimizer = torch.optim.AdamW(list(adapter.parameters.values()), lr=1e-2, fused=device == "cuda")
             scaler = torch.amp.GradScaler(device, enabled=False)
             losses = []
             for step in range(3):

@@ -23,7 +23,7 @@ from metier.data.deidentify.residual import planted_recall, small_groups, suspic
 from metier.data.deidentify.rewrite import rewrite
 from metier.data.lines import Row
 from metier.data.partitions import Workers, parts
-from metier.data.records import Record
+from metier.data.records import Record, Removed
 from metier.errors import DataError, RecipeError, did_you_mean
 from metier.keys import key_fingerprint, keyed_hash, load_key
 from metier.recipe import PrivacyConfig
@@ -33,7 +33,7 @@ PART_LOOKED_AT = 250
 
 
 Suspicion = tuple[int, int, str]
-Rewritten = tuple[list[str], list[tuple[str, str]]]  # the texts of a record; type and keyed hash of what was in them
+Rewritten = tuple[list[str], Removed]  # the texts of a record, and what was in them
 
 
 @dataclass
@@ -46,7 +46,6 @@ class Privacy:
     key: bytes
     seed: int
     groups: Counter[tuple[str, ...]] = field(default_factory=Counter)
-    found: dict[tuple[str, int], list[tuple[str, str]]] = field(default_factory=dict)
 
     def rewrite_row(self, row: Row) -> Row:
         """The row with its identifier columns replaced, and their values in its other columns too."""
@@ -84,13 +83,12 @@ class Privacy:
             return self._look(records, progress), []
         progress(f"taking out personal data ({self.name})")
         touched, counts = 0, Counter[str]()
-        for position, (texts, hashes) in enumerate(self._rewritten(records, workers)):
-            record = records[position]
-            counts.update(entity_type for entity_type, _ in hashes)
-            touched += bool(hashes)
-            if hashes:
-                self.found[record.source.name, record.row.number] = hashes
-            records[position] = self._record(record, texts)  # not beside the old ones: that would be all of them twice
+        for record, (texts, removed) in zip(records, self._rewritten(records, workers), strict=True):
+            counts.update(entity_type for entity_type, _ in removed)
+            touched += bool(removed)
+            messages = [{**turn, "content": text} for turn, text in zip(record.messages, texts, strict=True)]
+            group_id = None if record.group_id is None else keyed_hash(record.group_id, self.key)
+            record.rewrite(messages, group_id, removed)
         looked_at = self._suspected(records, workers)
         planted = next(workers.map(planted_recall, [[_text(record) for record, _ in looked_at]], self.seed))
         report = self._report(looked_at, counts, touched) | {"planted": planted} | self._k_anonymity()
@@ -99,22 +97,6 @@ class Privacy:
             f"a second look suspects {sum(report['suspected'].values()):,} more in {report['looked_at']:,} records"
         )
         return report, self._review(looked_at)
-
-    def subjects(self, rows: Iterator[tuple[str, str, int]]) -> dict[str, list[str]]:
-        """record_id, subject_hash and entity_type of what was taken out; `rows` are (record_id, file, row)."""
-        table: dict[str, list[str]] = {"record_id": [], "subject_hash": [], "entity_type": []}
-        for record_id, file, row in rows:
-            for entity_type, hashed in dict.fromkeys(self.found.get((file, row), ())):
-                table["record_id"].append(record_id)
-                table["subject_hash"].append(hashed)
-                table["entity_type"].append(entity_type)
-        return table
-
-    def _record(self, record: Record, texts: list[str]) -> Record:
-        messages = [{**turn, "content": text} for turn, text in zip(record.messages, texts, strict=True)]
-        prompt = next((m["content"] for m in messages if m["role"] in ("user", "text")), record.prompt)
-        group_id = None if record.group_id is None else keyed_hash(record.group_id, self.key)
-        return dataclasses.replace(record, messages=messages, prompt=prompt, group_id=group_id)
 
     def _rewritten(self, records: list[Record], workers: Workers) -> Iterator[Rewritten]:
         assert self.policy is not None
@@ -228,11 +210,11 @@ def rewrite_part(
     done = []
     for texts, subject in asked:
         rewritten = rewrite(texts, policy, key=key, subject=subject, more=more)
-        hashes = [
+        hashes = tuple(
             (span.entity_type, keyed_hash(text[span.start : span.end], key))
             for text, (_, spans) in zip(texts, rewritten, strict=True)
             for span in spans
-        ]
+        )
         done.append(([text for text, _ in rewritten], hashes))
     return done
 
