@@ -289,7 +289,7 @@ def _privacy_classes(found: Run) -> tuple[str, list[tuple[str, str, str]]]:
         (
             f"{entry['letter']} {entry.get(f'what_{language}', entry['what'])}",
             f"{entry['replaced']:,}" if "replaced" in entry else "-",
-            table[f"class_{entry['status'].replace(' ', '_')}"],
+            f"{table['class_' + entry['status'].replace(' ', '_')]} {', '.join(entry.get('kept', ()))}".rstrip(),
         )
         for entry in privacy.get("classes", [])
     ]
