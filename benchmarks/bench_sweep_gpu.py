@@ -84,10 +84,12 @@ def metier(precision: str) -> None:
     import torch
 
     from benchmarks.bench_training import build
+    from metier.model.device import resolve_device
     from metier.model.fused import fuse
     from metier.model.load import Base
     from metier.training.together import Together
 
+    resolve_device("cuda")  # as `metier` does: segments that grow
     storage: Any = STORAGE[precision]
     base = Base(build(storage), None, Path("none"), "random", None, "", torch.bfloat16, torch.device("cuda"), storage)
     fused = fuse(base.model)
@@ -104,10 +106,13 @@ def metier(precision: str) -> None:
     together.hold([])
     together.hold(trainers(base, fused, RECORDS, COUNT, [RANK] * COUNT))
     measure(f"{precision}: eight together", together)
-    if precision == "fp8":
+    rows = [[4, 8, 16, 32] * 2, [4, 8, 16, 64] * 2, [32], [64], [32] * COUNT, [64] * COUNT]
+    for ranks in rows if precision == "fp8" else ():
+        count, told = len(ranks), ", ".join(map(str, sorted(set(ranks))))
         together.hold([])
-        together.hold(trainers(base, fused, RECORDS, COUNT, [4, 8, 16, 32] * 2))
-        measure(f"{precision}: eight together, ranks 4 to 32", together)
+        together.hold(trainers(base, fused, RECORDS * COUNT // count, count, ranks))
+        what = f"one run of {COUNT * RECORDS * TOKENS:,} tokens a step" if count == 1 else "eight together"
+        measure(f"{precision}: {what}, r={told}", together)
 
 
 def start(what: str) -> subprocess.Popen[str]:

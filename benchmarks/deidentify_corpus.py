@@ -51,6 +51,11 @@ ID_WEIGHTS = (7, 9, 10, 5, 8, 4, 2, 1, 6, 3, 7, 9, 10, 5, 8, 4, 2)
 USCC_ALPHABET = "0123456789ABCDEFGHJKLMNPQRTUWXY"
 USCC_WEIGHTS = (1, 3, 9, 27, 19, 26, 16, 17, 20, 29, 25, 13, 8, 24, 10, 30, 28)
 MBI_LETTERS = "ACDEFGHJKMNPQRTUVWXY"
+# First and last names that are words too, for the tuning sets.
+WORD_FIRST = "April May June August Rose Hope Grace Faith Joy Dawn Autumn Summer Jade Ruby Mark Will Bill Rich Frank Guy Grant Chase Drew Holly Ivy Daisy Amber Crystal Art Skip Jack Iris Pearl Melody"
+WORD_LAST = (
+    "Wood Price Hill Baker Young Long Rice Stone Fields Banks Cook Bush Page Frost Snow Reed Field Shepherd Cross Day"
+)
 
 # Types whose form alone (or a cue beside it) gives them away; the rest are names, organisations and addresses.
 UNSTRUCTURED = {"PERSON", "ORGANIZATION", "ADDRESS", "LOCATION"}
@@ -199,6 +204,7 @@ def zh_makers(seed: int) -> dict[str, tuple[str, Callable[[], str]]]:
     simple: dict[str, tuple[str, Callable[[], str]]] = {
         "name": ("PERSON", name),
         "surname": ("PERSON", faker.last_name),
+        "compound": ("PERSON", lambda: rng.choice(COMPOUND) + faker.first_name()),
         "org": ("ORGANIZATION", faker.company),
         "address": ("ADDRESS", lambda: faker.address().split(" ")[0] + f"{rng.randint(1, 30)}号楼{rng.randint(101, 2404)}室"),
         "mobile": ("PHONE", mobile),
@@ -280,6 +286,11 @@ def en_makers(seed: int) -> dict[str, tuple[str, Callable[[], str]]]:
         "unit": ("ADDRESS", lambda: f"{rng.choice(('apartment', 'Apt.', 'Suite', 'flat'))} {rng.randint(1, 399)}"),
         "country": ("", faker.country),
         "name": ("PERSON", name),
+        "wordname": ("PERSON", lambda: f"{rng.choice(WORD_FIRST.split())} {rng.choice(WORD_LAST.split()) if rng.random() < 0.4 else faker.last_name()}"),
+        "camel": ("PERSON", lambda: "".join([faker.first_name(), *([faker.first_name()] if rng.random() < 0.2 else []), faker.last_name()])),
+        "upper": ("PERSON", lambda: rng.choice(("{1}, {0}", "{0} {1}")).format(faker.first_name(), world.last_name()).upper()),
+        "initialed": ("PERSON", lambda: rng.choice(("{0}. {1}", "{0}. {2}. {1}", "{1} {0}.")).format(rng.choice("ABCDEFGHJKLMPRST"), faker.last_name(), rng.choice("ABCDEFGHJKLMPRST"))),
+        "doublelast": ("PERSON", lambda: f"{faker.last_name()}-{world.last_name()}"),
         "first": ("PERSON", either(faker.first_name, world.first_name)),
         "last": ("PERSON", either(faker.last_name, world.last_name)),
         "org": ("ORGANIZATION", either(faker.company, world.company)),

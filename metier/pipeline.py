@@ -63,7 +63,7 @@ def run(recipe: Recipe, ui: Ui | None = None) -> Path:
         return _follow(recipe) / "report.html"
     with _run_folder(recipe, ui) as (out, ui):
         _prepare(recipe, out, ui)
-        check_test_split(out)
+        check_test_split(out / "dataset")
         _train(recipe, out, ui)
         _dismiss(out, unless_shared=True)
         _evaluate(recipe, out, ui)
@@ -165,11 +165,11 @@ def _prepare(recipe: Recipe, out: Path, ui: Ui) -> None:
     audit_artifacts(out)
 
 
-def check_test_split(out: Path) -> None:
+def check_test_split(dataset: Path) -> None:
     """Raises `DataError` before anything is trained that could not be judged afterwards."""
     from metier.evaluation.items import refuse_no_test
 
-    refuse_no_test(_parent(out / "dataset", "prepare")["splits"]["test"])
+    refuse_no_test(_parent(dataset, "prepare")["splits"]["test"])
 
 
 def _train(recipe: Recipe, out: Path, ui: Ui) -> None:

@@ -89,7 +89,10 @@ def _try(
     """Trains the configurations; their data sets, the work folder, and the outcome."""
     from metier.training.sweep import sweep as sweep_stage
 
-    datasets, work = _datasets(recipes, out, ui), work_folder(out / "sweep", key)
+    datasets = _datasets(recipes, out, ui)
+    for dataset in datasets.values():
+        pipeline.check_test_split(dataset)
+    work = work_folder(out / "sweep", key)
     if recipe.scale.ray:
         return datasets, work, _on_ray(recipe, datasets, work, ui)
     _tell_followers(recipe, (recipe, datasets, work))

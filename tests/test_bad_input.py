@@ -386,8 +386,10 @@ def test_a_test_file_that_is_the_only_source_is_refused(metier: Cli, here: Path,
 def test_an_empty_test_split_is_told_before_training(metier: Cli, here: Path, tiny_base: Path) -> None:
     (here / "few.csv").write_text(rows_of(30), encoding="utf-8")
     (here / "few.yaml").write_text(recipe_text(here / "few.csv", tiny_base, out="few", data={"test": 0}))
-    assert_refused(metier("run", "few.yaml"), "no test records", "`data.test`")
-    assert (here / "few" / "dataset" / "manifest.json").exists() and not (here / "few" / "adapter").exists()
+    for verb in ("run", "sweep"):
+        assert_refused(metier(verb, "few.yaml"), "no test records", "`data.test`")
+        assert (here / "few" / "dataset" / "manifest.json").exists()
+        assert not list((here / "few").glob("*adapter*")) and not list((here / "few").glob("*sweep*"))
     assert metier("train", "few.yaml").code == 0  # an adapter without a verdict is made by its own verb
 
 

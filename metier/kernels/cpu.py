@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 
 from metier.kernels import reference
-from metier.kernels.reference import Groups, Rows, SwigluGrads, rank_gradient, times
+from metier.kernels.reference import Rows, SwigluGrads, rank_gradient
 
 # Scores that exist at a time, in elements.
 MAX_SCORES = 1 << 24
@@ -29,47 +29,32 @@ def project_rows(
     eps: float | None = None,
     quantise: bool = False,
     largest: torch.Tensor | None = None,
-    groups: Groups | None = None,
 ) -> Rows:
     """As `reference.project_rows`; rows that are only projected are not copied."""
     if eps is not None or factor is not None or quantise:
-        return reference.project_rows(
-            x, factor=factor, down=down, segments=segments, eps=eps, quantise=quantise, groups=groups
-        )
+        return reference.project_rows(x, factor=factor, down=down, segments=segments, eps=eps, quantise=quantise)
     if down is None:
         return Rows(x)
     starts = (0, *segments[:-1])
-    low = [times(x[:, a:b], down[..., a:b, :], groups) for a, b in zip(starts, segments, strict=True)]
+    low = [x[:, a:b] @ down[a:b] for a, b in zip(starts, segments, strict=True)]
     return Rows(x, low=torch.cat(low, 1))
 
 
 def add_low_rank(
-    residual: torch.Tensor, y: torch.Tensor, low: torch.Tensor | None, up: torch.Tensor | None,
-    groups: Groups | None = None,
+    residual: torch.Tensor, y: torch.Tensor, low: torch.Tensor | None, up: torch.Tensor | None
 ) -> torch.Tensor:  # fmt: skip
     """residual + y + low up^T, [M, O]; y is overwritten."""
     if low is not None and up is not None:
-        _add_product(y, low, up.mT, groups)
+        y.addmm_(low, up.T)
     return y.add_(residual)
 
 
-def _add_product(target: torch.Tensor, low: torch.Tensor, matrix: torch.Tensor, groups: Groups | None) -> None:
-    """Adds `reference.times(low, matrix, groups)` to target [M, N], in place."""
-    if groups is None:
-        target.addmm_(low, matrix)
-        return
-    for adapter, start, end in groups.spans:
-        target[start:end].addmm_(low[start:end], matrix[adapter])
-
-
-def _add_gate_up(
-    gate_up: torch.Tensor, low: torch.Tensor | None, up: torch.Tensor | None, groups: Groups | None
-) -> None:
+def _add_gate_up(gate_up: torch.Tensor, low: torch.Tensor | None, up: torch.Tensor | None) -> None:
     """Adds low up^T to both halves of gate_up [M, 2F], in place."""
     if low is None or up is None:
         return
-    for part, low_part, up_part in zip(gate_up.chunk(2, 1), low.chunk(2, 1), up.chunk(2, -2), strict=True):
-        _add_product(part, low_part, up_part.mT, groups)
+    for part, low_part, up_part in zip(gate_up.chunk(2, 1), low.chunk(2, 1), up.chunk(2), strict=True):
+        part.addmm_(low_part, up_part.T)
 
 
 def swiglu(
@@ -79,14 +64,13 @@ def swiglu(
     *,
     down: torch.Tensor | None,
     quantise: bool,
-    groups: Groups | None = None,
 ) -> Rows:
     """As `reference.swiglu`. gate_up stays as it is: backward adds the low-rank part again."""
     gate_up = gate_up.clone() if low is not None else gate_up
-    _add_gate_up(gate_up, low, up, groups)
+    _add_gate_up(gate_up, low, up)
     gate, linear = gate_up.chunk(2, 1)
     h = F.silu(gate).mul_(linear)
-    return project_rows(h, down=down, segments=(h.shape[1],), quantise=quantise, groups=groups)
+    return project_rows(h, down=down, segments=(h.shape[1],), quantise=quantise)
 
 
 def swiglu_backward(
@@ -99,22 +83,21 @@ def swiglu_backward(
     down: torch.Tensor | None,
     factor: torch.Tensor | None,
     quantise: bool,
-    groups: Groups | None = None,
 ) -> SwigluGrads:
     """As `reference.swiglu_backward`; dh and gate_up are overwritten."""
     if low_dh is not None and down is not None:
-        _add_product(dh, low_dh, down, groups)
-    _add_gate_up(gate_up, low, up, groups)
+        dh.addmm_(low_dh, down)
+    _add_gate_up(gate_up, low, up)
     gate, linear = gate_up.chunk(2, 1)
     silu = F.silu(gate)
     half = dh.shape[1]
     grad = torch.empty_like(gate_up)
     torch.ops.aten.silu_backward.grad_input(dh * linear, gate, grad_input=grad[:, :half])
     torch.mul(dh, silu, out=grad[:, half:])
-    rows = project_rows(grad, factor=factor, down=up, segments=(half, 2 * half), quantise=quantise, groups=groups)
+    rows = project_rows(grad, factor=factor, down=up, segments=(half, 2 * half), quantise=quantise)
     h = silu.mul_(linear)
-    up_grad = None if low is None else rank_gradient(grad, low, (half, 2 * half), groups)
-    down_grad = None if low_dh is None else rank_gradient(low_dh, h, (low_dh.shape[1],), groups)
+    up_grad = None if low is None else rank_gradient(grad, low, (half, 2 * half))
+    down_grad = None if low_dh is None else rank_gradient(low_dh, h, (low_dh.shape[1],))
     return SwigluGrads(rows, up_grad, down_grad)
 
 

@@ -10,9 +10,6 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 
-from metier.kernels.groups import MAX_GROUPED_RANK as MAX_GROUPED_RANK
-from metier.kernels.groups import Groups as Groups
-
 FP8 = torch.float8_e4m3fn
 FP8_MAX = 448.0
 SCALE_FLOOR = 1e-12
@@ -37,16 +34,6 @@ def cross_entropy_sum(logits: torch.Tensor, targets: torch.Tensor, weights: torc
     if weights is None:
         return F.cross_entropy(logits.float(), targets, reduction="sum")
     return (F.cross_entropy(logits.float(), targets, reduction="none") * weights).sum()
-
-
-def times(rows: torch.Tensor, matrix: torch.Tensor, groups: Groups | None) -> torch.Tensor:
-    """rows [M, K] times matrix [K, N]; with `groups`, each row times its own adapter's of matrix [J, K, N].
-
-    An adapter's rows are multiplied by themselves, so what is not finite in one reaches no other.
-    """
-    if groups is None:
-        return rows @ matrix
-    return torch.cat([rows[start:end] @ matrix[adapter] for adapter, start, end in groups.spans])
 
 
 class Rows(NamedTuple):
@@ -78,7 +65,6 @@ def project_rows(
     eps: float | None = None,
     quantise: bool = False,
     largest: torch.Tensor | None = None,
-    groups: Groups | None = None,
 ) -> Rows:
     """z = x * factor, after RMS normalisation when `eps` is given; its e4m3 form; and its projection.
 
@@ -96,29 +82,18 @@ def project_rows(
     if down is not None:
         source = z.to(x.dtype) if eps is not None else x
         starts = (0, *segments[:-1])
-        low = torch.cat(
-            [times(source[:, a:b], down[..., a:b, :], groups) for a, b in zip(starts, segments, strict=True)], 1
-        )
+        low = torch.cat([source[:, a:b] @ down[a:b] for a, b in zip(starts, segments, strict=True)], 1)
     if quantise:
         return Rows(None, *quantise_rows(z), low, rstd)
     return Rows(z.to(x.dtype), None, None, low, rstd)
 
 
-def rank_gradient(
-    dy: torch.Tensor, low: torch.Tensor, ends: tuple[int, ...], groups: Groups | None = None
-) -> torch.Tensor:
+def rank_gradient(dy: torch.Tensor, low: torch.Tensor, ends: tuple[int, ...]) -> torch.Tensor:
     """dy^T low, segment by segment: dy [M, O], low [M, n R] -> [O, R]; sum and result in fp32 (float64 stays).
 
-    `ends` are the ends of the n column ranges of dy; range j meets low[:, j R : (j+1) R]. With `groups` the result is
-    [J, O, R], each adapter's from its own rows, zero for one without rows.
+    `ends` are the ends of the n column ranges of dy; range j meets low[:, j R : (j+1) R].
     """
     rank = low.shape[1] // len(ends)
-    if groups is not None:
-        dtype = torch.promote_types(dy.dtype, torch.float32)
-        whole = torch.zeros(groups.num_adapters, dy.shape[1], rank, dtype=dtype, device=dy.device)
-        for adapter, start, end in groups.spans:
-            whole[adapter] = rank_gradient(dy[start:end], low[start:end], ends)
-        return whole
     starts = (0, *ends[:-1])
     ranges = enumerate(zip(starts, ends, strict=True))
     parts = [product32(dy[:, a:b].T, low[:, j * rank : (j + 1) * rank]) for j, (a, b) in ranges]
@@ -142,7 +117,6 @@ def norm_backward(
     down: torch.Tensor | None,
     projected: torch.Tensor | None,
     residual: torch.Tensor | None,
-    groups: Groups | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """Gradient of x for z = weight * x * rstd, with dz [M, I] + low [M, R] down [R, I] arriving, plus `residual`.
 
@@ -152,9 +126,9 @@ def norm_backward(
     grad = dz.to(work)
     down_grad = None
     if low is not None and down is not None:
-        grad = grad + times(low.to(work), down.to(work), groups)
+        grad = grad + low.to(work) @ down.to(work)
         # dA = ((low * rstd)^T x) * weight: z is not formed again.
-        down_grad = rank_gradient((low * rstd[:, None]).to(x.dtype), x, (low.shape[1],), groups) * weight
+        down_grad = rank_gradient((low * rstd[:, None]).to(x.dtype), x, (low.shape[1],)) * weight
     unit = x.to(work) * rstd[:, None]
     grad = grad * weight.to(work)
     dx = rstd[:, None] * (grad - unit * (grad * unit).mean(-1, keepdim=True))
@@ -163,13 +137,12 @@ def norm_backward(
 
 def add_low_rank(
     residual: torch.Tensor, y: torch.Tensor, low: torch.Tensor | None, up: torch.Tensor | None,
-    groups: Groups | None = None,
 ) -> torch.Tensor:  # fmt: skip
     """residual + y + low up^T, [M, O]; low [M, R], up [O, R]."""
     work = torch.float64 if y.dtype == torch.float64 else torch.float32
     total = residual.to(work) + y.to(work)
     if low is not None and up is not None:
-        total = total + times(low.to(work), up.to(work).mT, groups)
+        total = total + low.to(work) @ up.to(work).T
     return total.to(y.dtype)
 
 
@@ -198,17 +171,15 @@ class Rotation(NamedTuple):
 
 
 def _raw_heads(
-    qkv: torch.Tensor, low: torch.Tensor | None, up: torch.Tensor | None, heads: Heads, rotation: Rotation,
-    groups: Groups | None,
-) -> list[torch.Tensor]:  # fmt: skip
+    qkv: torch.Tensor, low: torch.Tensor | None, up: torch.Tensor | None, heads: Heads, rotation: Rotation
+) -> list[torch.Tensor]:
     work = torch.float64 if qkv.dtype == torch.float64 else torch.float32
     parts = list(qkv.to(work).tensor_split(list(heads.ends[:2]), dim=1))
     starts = (0, *heads.ends[:2])
     for j, (a, b) in enumerate(zip(starts, heads.ends, strict=True)):
         if low is not None and up is not None:
-            rank = up.shape[-1]
-            own = low[:, j * rank : (j + 1) * rank].to(work)
-            parts[j] = parts[j] + times(own, up[..., a:b, :].to(work).mT, groups)
+            rank = up.shape[1]
+            parts[j] = parts[j] + low[:, j * rank : (j + 1) * rank].to(work) @ up[a:b].to(work).T
         if rotation.bias is not None:
             parts[j] = parts[j] + rotation.bias[a:b]
     return [part.view(part.shape[0], -1, heads.size) for part in parts]
@@ -222,13 +193,12 @@ def _turn(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor
 
 def rotate(
     qkv: torch.Tensor, low: torch.Tensor | None, up: torch.Tensor | None, heads: Heads, rotation: Rotation,
-    groups: Groups | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:  # fmt: skip
     """q [M, num_q, D], k, v [M, num_kv, D] from qkv [M, O]: low-rank part and bias added, q and k normalised, turned.
 
     Su et al., 2021, arXiv 2104.09864, in the half-split form of LLaMA's released code.
     """
-    q, k, v = _raw_heads(qkv, low, up, heads, rotation, groups)
+    q, k, v = _raw_heads(qkv, low, up, heads, rotation)
     out = []
     for x, norm in ((q, rotation.q_norm), (k, rotation.k_norm)):
         if norm is not None:
@@ -245,7 +215,6 @@ def rotate_backward(
     heads: Heads,
     rotation: Rotation,
     factor: torch.Tensor | None = None,
-    groups: Groups | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
     """The gradient of the sum that `rotate` starts from, [M, O]; qkv is read where q and k are normalised alone.
 
@@ -256,7 +225,7 @@ def rotate_backward(
     work = torch.float64 if dtype == torch.float64 else torch.float32
     turned = [_turn(g.to(work), rotation.cos, -rotation.sin) for g in grads[:2]]
     if qkv is not None and rotation.q_norm is not None:
-        raw = _raw_heads(qkv, low, up, heads, rotation, groups)
+        raw = _raw_heads(qkv, low, up, heads, rotation)
         for j, norm in enumerate((rotation.q_norm, rotation.k_norm)):
             assert norm is not None
             rstd = torch.rsqrt(raw[j].square().mean(-1, keepdim=True) + rotation.eps)
@@ -264,7 +233,7 @@ def rotate_backward(
             turned[j] = rstd * (grad - unit * (grad * unit).mean(-1, keepdim=True))
     whole = torch.cat([g.flatten(1).to(dtype) for g in (*turned, grads[2])], 1)
     largest = None if factor is None else (whole * factor).abs().amax(1)
-    return whole, largest, None if low is None else rank_gradient(whole, low, heads.ends, groups)
+    return whole, largest, None if low is None else rank_gradient(whole, low, heads.ends)
 
 
 def swiglu(
@@ -274,26 +243,25 @@ def swiglu(
     *,
     down: torch.Tensor | None,
     quantise: bool,
-    groups: Groups | None = None,
 ) -> Rows:
     """h = silu(g) * u (Shazeer, 2020, arXiv 2002.05202) with g, u the halves of gate_up + low-rank part; as `Rows`.
 
     gate_up [M, 2F]; low [M, 2R]; up [2F, R]; down [F, R'], the next site's projection.
     """
-    g, u = _gate_up(gate_up, low, up, groups)
+    g, u = _gate_up(gate_up, low, up)
     h = (g * torch.sigmoid(g) * u).to(gate_up.dtype)
-    return project_rows(h, down=down, segments=(h.shape[1],), quantise=quantise, groups=groups)
+    return project_rows(h, down=down, segments=(h.shape[1],), quantise=quantise)
 
 
 def _gate_up(
-    gate_up: torch.Tensor, low: torch.Tensor | None, up: torch.Tensor | None, groups: Groups | None
+    gate_up: torch.Tensor, low: torch.Tensor | None, up: torch.Tensor | None
 ) -> tuple[torch.Tensor, torch.Tensor]:
     work = torch.float64 if gate_up.dtype == torch.float64 else torch.float32
     g, u = gate_up.to(work).chunk(2, dim=1)
     if low is not None and up is not None:
         low_g, low_u = low.to(work).chunk(2, dim=1)
-        up_g, up_u = up.to(work).mT.chunk(2, dim=-1)
-        g, u = g + times(low_g, up_g, groups), u + times(low_u, up_u, groups)
+        up_g, up_u = up.to(work).T.chunk(2, dim=1)
+        g, u = g + low_g @ up_g, u + low_u @ up_u
     return g, u
 
 
@@ -315,25 +283,24 @@ def swiglu_backward(
     down: torch.Tensor | None,
     factor: torch.Tensor | None,
     quantise: bool,
-    groups: Groups | None = None,
 ) -> SwigluGrads:
     """Backward of `swiglu`: the arriving gradient is dh [M, F] + low_dh [M, R'] down [R', F].
 
     Rows.low is the gradient's projection on `up`, [M, 2R]. dh and gate_up may be overwritten.
     """
-    g, u = _gate_up(gate_up, low, up, groups)
+    g, u = _gate_up(gate_up, low, up)
     grad = dh.to(g.dtype)
     if low_dh is not None and down is not None:
-        grad = grad + times(low_dh.to(g.dtype), down.to(g.dtype), groups)
+        grad = grad + low_dh.to(g.dtype) @ down.to(g.dtype)
     sigmoid = torch.sigmoid(g)
     h = g * sigmoid * u
     d_gate = grad * u * sigmoid * (1 + g * (1 - sigmoid))
     d_both = torch.cat([d_gate, grad * g * sigmoid], 1).to(dh.dtype)
     half = dh.shape[1]
-    rows = project_rows(d_both, factor=factor, down=up, segments=(half, 2 * half), quantise=quantise, groups=groups)
-    up_grad = None if low is None else rank_gradient(d_both, low, (half, 2 * half), groups)
+    rows = project_rows(d_both, factor=factor, down=up, segments=(half, 2 * half), quantise=quantise)
+    up_grad = None if low is None else rank_gradient(d_both, low, (half, 2 * half))
     h = h.to(dh.dtype)
-    down_grad = None if low_dh is None else rank_gradient(low_dh, h, (low_dh.shape[1],), groups)
+    down_grad = None if low_dh is None else rank_gradient(low_dh, h, (low_dh.shape[1],))
     return SwigluGrads(rows, up_grad, down_grad)
 
 

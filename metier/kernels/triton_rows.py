@@ -15,14 +15,13 @@ import torch
 import triton
 import triton.language as tl
 
-from metier.kernels import triton_groups
-from metier.kernels.reference import FP8, Groups, Rows, product32, rank_gradient
-from metier.kernels.triton_groups import cut, is_even, share_of
-from metier.kernels.triton_tiles import add_low_rank
+from metier.kernels.groups import Groups
+from metier.kernels.reference import FP8, Rows, product32, rank_gradient
+from metier.kernels.triton_groups import cut, is_even, layout, num_ranks, share_of
 
-# Wider projections leave the kernel's registers and go through cuBLAS.
+# One adapter's wider projections leave the kernel's registers and go through cuBLAS.
 MAX_FUSED_RANK = 128
-MAX_SUMMED_RANK = 64
+MAX_SUMMED_RANK = 128
 
 
 @triton.jit
@@ -54,15 +53,19 @@ def _whole_rows(x, factor, target, scale_out, rstd_out, num_rows, num_cols, x_st
     tl.store(target + rows[:, None] * num_cols + cols[None, :], value.to(target.dtype.element_ty), mask)
 
 
-@triton.jit
-def _scaled_rows(x, factor, down, largest_in, target, scale_out, low, bounds, num_rows, num_cols, rank, shares,
-                 x_stride, down_stride_j, down_stride_n, down_stride_r, end0, end1, chunks, GROUPED: tl.constexpr,
-                 HAS_FACTOR: tl.constexpr, HAS_DOWN: tl.constexpr, QUANTISE: tl.constexpr, SEGMENTS: tl.constexpr,
-                 EVEN: tl.constexpr, STAGES: tl.constexpr, PRECISION: tl.constexpr, BR: tl.constexpr,
-                 BM: tl.constexpr, BN: tl.constexpr):  # fmt: skip
+@triton.jit(do_not_specialize=["shares"])
+def _scaled_rows(x, factor, down, largest_in, target, scale_out, low, table, num_rows, num_cols, rank, layers, width,
+                 shares, x_stride, down_stride_j, down_stride_n, down_stride_r, end0, end1, chunks,
+                 GROUPED: tl.constexpr, IS_UP: tl.constexpr, HAS_FACTOR: tl.constexpr, HAS_DOWN: tl.constexpr,
+                 QUANTISE: tl.constexpr, SEGMENTS: tl.constexpr, EVEN: tl.constexpr, STAGES: tl.constexpr,
+                 PRECISION: tl.constexpr, BR: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr):  # fmt: skip
     """A chunk of a segment of columns, in one reading: the rows' largest magnitudes are known, or not asked for."""
-    adapter, first_row, last_row = share_of(tl.program_id(0), bounds, num_rows, BM, shares, GROUPED)
-    down += adapter * down_stride_j
+    before, own_rank, first_row, last_row, _ = share_of(tl.program_id(0), table, num_rows, BM, shares, GROUPED)
+    if GROUPED:
+        rank = own_rank * layers
+        down += before * down_stride_j
+        if IS_UP:
+            down_stride_n = own_rank
     rows = (first_row + tl.arange(0, BM)).to(tl.int64)
     segment = tl.program_id(1) // chunks
     chunk = tl.program_id(1) % chunks
@@ -109,7 +112,7 @@ def _scaled_rows(x, factor, down, largest_in, target, scale_out, low, bounds, nu
                 # buffer less than it loads ahead, and overwrites it while a product that runs on still reads it.
                 acc += 0.0
     if HAS_DOWN:
-        tl.store(low + (chunk * num_rows + rows)[:, None] * (SEGMENTS * rank) + segment * rank + ranks[None, :],
+        tl.store(low + (chunk * num_rows + rows)[:, None] * width + segment * rank + ranks[None, :],
                  acc.to(low.dtype.element_ty), row_mask[:, None] & (ranks < rank)[None, :])  # fmt: skip
 
 
@@ -149,7 +152,7 @@ def project_rows(
     low = None
     if down is None or not is_scaled or not _is_fused(down, groups):
         if is_scaled:
-            _scale(x, factor, None, (num_cols,), scaled=(largest, target, scale), groups=groups)
+            _scale(x, factor, None, (num_cols,), scaled=(largest, target, scale), groups=None)
         if down is not None:
             low = _low(x, target, factor if is_norm else None, rstd, down, segments, groups)
     else:
@@ -197,7 +200,7 @@ def _project(
 
 def _is_fused(down: torch.Tensor, groups: Groups | None) -> bool:
     # Of several adapters none is too wide: `MAX_GROUPED_RANK`, of at most three layers.
-    return down.shape[-1] <= (MAX_FUSED_RANK if groups is None else 256)
+    return groups is not None or down.shape[1] <= MAX_FUSED_RANK
 
 
 Scaled = tuple[torch.Tensor | None, torch.Tensor, torch.Tensor | None]
@@ -217,27 +220,27 @@ def _scale(
     `scaled` are the rows' largest magnitudes, what is written, and its scales.
     """
     num_rows, num_cols = x.shape
-    rank = down.shape[-1] if down is not None else 0
     largest, target, scale = scaled if scaled is not None else (None, x, None)
-    block = _segment_block(x, rank, segments, scaled is not None)
-    block["EVEN"] &= is_even(x, groups)
-    chunks, shares = block.pop("chunks"), cut(x, block["BM"], groups)
+    layers, rank, strides = layout(down, num_cols, groups)
+    width, launches = len(segments) * rank * layers, cut(x, 64, groups, rank)
+    blocks = [_segment_block(x, some.rank * layers, segments, scaled is not None) for some in launches]
+    chunks = max(block["chunks"] for block in blocks)
     dtype = x.dtype if scaled is not None and chunks == 1 else torch.float32
-    low = torch.empty(chunks, num_rows, len(segments) * rank, device=x.device, dtype=dtype)
-    _scaled_rows[(shares.total, len(segments) * chunks)](
-        x, x if factor is None else factor, x if down is None else down, x if largest is None else largest, target,
-        x if scale is None else scale, low, shares.bounds, num_rows, num_cols, rank, shares.each, x.stride(0),
-        *((0, 0, 0) if down is None else _strides(down)), *(*segments[:-1], 0, 0)[:2], chunks,
-        GROUPED=shares.is_grouped, SEGMENTS=len(segments), HAS_FACTOR=factor is not None, HAS_DOWN=down is not None,
-        QUANTISE=scaled is not None, **block,
-    )  # fmt: skip
-    total = low[0] if chunks == 1 else low.sum(0)
+    # Narrower adapters' rows end in zeros, and a class of ranks may take fewer chunks than another.
+    new = torch.empty if groups is None or len(set(groups.ranks)) == 1 else torch.zeros
+    low = new(chunks, num_rows, width, device=x.device, dtype=dtype)
+    for some, block in zip(launches, blocks, strict=True):
+        block["EVEN"] &= is_even(x, groups)
+        chunks = block.pop("chunks")
+        _scaled_rows[(some.total, len(segments) * chunks)](
+            x, x if factor is None else factor, x if down is None else down, x if largest is None else largest, target,
+            x if scale is None else scale, low, some.table, num_rows, num_cols, some.alone * layers, layers, width,
+            some.each, x.stride(0), *strides, *(*segments[:-1], 0, 0)[:2], chunks, GROUPED=some.divisor,
+            IS_UP=down is not None and down.dim() == 1, SEGMENTS=len(segments), HAS_FACTOR=factor is not None,
+            HAS_DOWN=down is not None, QUANTISE=scaled is not None, **block,
+        )  # fmt: skip
+    total = low[0] if low.shape[0] == 1 else low.sum(0)
     return total.to(x.dtype) if scaled is not None else total
-
-
-def _strides(down: torch.Tensor) -> tuple[int, int, int]:
-    """From one adapter to the next, along the columns, along the rank."""
-    return 0 if down.dim() == 2 else down.stride(0), down.stride(-2), down.stride(-1)
 
 
 def _segment_block(x: torch.Tensor, rank: int, ends: tuple[int, ...], quantise: bool) -> dict[str, Any]:
@@ -279,21 +282,22 @@ def _row_means(dz, x, rstd_in, weight, low, projected, means, num_rows, num_cols
     tl.store(means + rows, total / num_cols, row_mask)
 
 
-@triton.jit
-def _norm_backward(dz, x, rstd_in, weight, low, down, means, residual, dx, down_sums, bounds, num_rows, num_cols,
-                   rank, rows_each, shares, GROUPED: tl.constexpr,
+@triton.jit(do_not_specialize=["total", "shares"])
+def _norm_backward(dz, x, rstd_in, weight, low, down, means, residual, dx, down_sums, table, num_rows, num_cols,
+                   rank, layers, width, total, rows_each, shares, GROUPED: tl.constexpr,
                    HAS_LOW: tl.constexpr, HAS_RESIDUAL: tl.constexpr, EVEN: tl.constexpr,
                    STAGES: tl.constexpr, PRECISION: tl.constexpr, BR: tl.constexpr, BM: tl.constexpr,
                    BN: tl.constexpr):  # fmt: skip
     """Down a block of columns; the gradient of A is summed on the way, over a share of the rows."""
     cols = tl.program_id(0) * BN + tl.arange(0, BN)
-    split = tl.program_id(1)
     col_mask = cols < num_cols
     ranks = tl.arange(0, BR)
     factor = tl.load(weight + cols, col_mask, other=0.0).to(tl.float32)
-    adapter, first, last = share_of(split, bounds, num_rows, rows_each, shares, GROUPED)
+    before, own_rank, first, last, turn = share_of(tl.program_id(1), table, num_rows, rows_each, shares, GROUPED)
+    if GROUPED:
+        rank = own_rank * layers
     if HAS_LOW:
-        down += adapter * rank * num_cols
+        down += before * layers * num_cols
         down_block = tl.load(down + ranks[:, None] * num_cols + cols[None, :],
                              (ranks < rank)[:, None] & col_mask[None, :], other=0.0)  # fmt: skip
         down_sum = tl.zeros([BN, BR], tl.float32)
@@ -311,7 +315,7 @@ def _norm_backward(dz, x, rstd_in, weight, low, down, means, residual, dx, down_
         rstd = tl.load(rstd_in + rows, row_mask, other=0.0)
         mean = tl.load(means + rows, row_mask, other=0.0)
         if HAS_LOW:
-            low_block = tl.load(low + rows[:, None] * rank + ranks[None, :],
+            low_block = tl.load(low + rows[:, None] * width + ranks[None, :],
                                 row_mask[:, None] & (ranks < rank)[None, :], other=0.0)  # fmt: skip
             grad = tl.dot(low_block, down_block, grad, input_precision=PRECISION)
             scaled = (low_block.to(tl.float32) * rstd[:, None]).to(low_block.dtype)
@@ -327,7 +331,8 @@ def _norm_backward(dz, x, rstd_in, weight, low, down, means, residual, dx, down_
         else:
             tl.store(dx + at, result.to(dx.dtype.element_ty), mask)
     if HAS_LOW:
-        tl.store(down_sums + (split * rank + ranks)[None, :] * num_cols + cols[:, None], down_sum * factor[:, None],
+        at = turn * total + before * layers + ranks
+        tl.store(down_sums + at[None, :] * num_cols + cols[:, None], down_sum * factor[:, None],
                  col_mask[:, None] & (ranks < rank)[None, :])  # fmt: skip
 
 
@@ -344,33 +349,41 @@ def norm_backward(
     groups: Groups | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     num_rows, num_cols = x.shape
-    rank = down.shape[-2] if down is not None and low is not None else 0
-    is_fused = 0 < rank <= MAX_SUMMED_RANK
+    layers = 1 if groups is None or down is None else down.shape[0] // groups.total
+    rank = 0 if down is None or low is None else down.shape[0] if groups is None else groups.widest
+    is_fused = rank > 0 and (groups is not None or rank <= MAX_SUMMED_RANK)
     down_grad = None
     if rank and not is_fused:
         assert low is not None and down is not None
         scaled = (low * rstd[:, None]).to(x.dtype)
-        if groups is None:
-            dz, down_grad = torch.addmm(dz, low, down), rank_gradient(scaled, x, (rank,)) * weight
-        else:
-            dz = add_low_rank(None, dz, low, down.mT, groups)
-            down_grad = triton_groups.rank_gradient(scaled, x, (rank,), groups) * weight
+        dz, down_grad = torch.addmm(dz, low, down), rank_gradient(scaled, x, (rank,)) * weight
     dx, means = torch.empty_like(x), torch.empty(num_rows, device=x.device, dtype=torch.float32)
     is_wide = x.dtype == torch.float32
-    ranks = {"HAS_LOW": is_fused, "BR": max(16, triton.next_power_of_2(rank * is_fused))}
-    low = low if is_fused else dz
+    low, width = low if is_fused else dz, rank * layers
     _row_means[(triton.cdiv(num_rows, 4),)](
-        dz, x, rstd, weight, low, projected if is_fused else dz, means, num_rows, num_cols, rank,
-        **ranks, BM=4, BN=1024, num_warps=4,
+        dz, x, rstd, weight, low, projected if is_fused else dz, means, num_rows, num_cols, width,
+        HAS_LOW=is_fused, BR=max(16, triton.next_power_of_2(width * is_fused)), BM=4, BN=1024, num_warps=4,
     )  # fmt: skip
-    blocks = triton.cdiv(num_cols, 64)
+    blocks, total = triton.cdiv(num_cols, 64), num_ranks(rank, groups) * layers
     rows_each = triton.cdiv(triton.cdiv(num_rows, max(1, 1024 // blocks)), 64) * 64
-    shares = cut(x, rows_each, groups)
-    down_sums = torch.empty(shares.total * is_fused, rank, num_cols, device=x.device, dtype=torch.float32)
-    _norm_backward[(blocks, shares.total)](
-        dz, x, rstd, weight, low, down if is_fused else dz, means, dz if residual is None else residual, dx, down_sums,
-        shares.bounds, num_rows, num_cols, rank, shares.rows, shares.each, GROUPED=shares.is_grouped,
-        HAS_RESIDUAL=residual is not None, EVEN=is_even(x, groups) and num_cols % 64 == 0, STAGES=1 if is_wide else 3,
-        PRECISION="ieee" if is_wide else "tf32", **ranks, BM=64, BN=64, num_warps=8 if is_wide else 4,
-    )  # fmt: skip
-    return dx, shares.summed(down_sums) if is_fused else down_grad
+    launches = cut(x, rows_each, groups, rank)
+    down_sums = torch.empty(launches[0].each * is_fused, total, num_cols, device=x.device, dtype=torch.float32)
+    for some in launches:
+        own = some.rank * layers * is_fused
+        _norm_backward[(blocks, some.total)](
+            dz, x, rstd, weight, low, down if is_fused else dz, means, dz if residual is None else residual, dx,
+            down_sums, some.table, num_rows, num_cols, some.alone, layers, width, total, some.rows, some.each,
+            GROUPED=some.divisor, HAS_LOW=is_fused, HAS_RESIDUAL=residual is not None,
+            EVEN=is_even(x, groups) and num_cols % 64 == 0, PRECISION="ieee" if is_wide else "tf32",
+            **_norm_block(own, is_wide),
+        )  # fmt: skip
+    return dx, down_sums.sum(0) if is_fused else down_grad
+
+
+def _norm_block(rank: int, is_wide: bool) -> dict[str, int]:
+    """Beyond 64 the sums take half of the registers: fewer rows at a time and more warps."""
+    is_many = rank > 64
+    return {
+        "BR": max(16, triton.next_power_of_2(rank)), "BM": 32 if is_many else 64, "BN": 64,
+        "STAGES": 1 if is_wide else 2 if is_many else 3, "num_warps": 8 if is_wide or is_many else 4,
+    }  # fmt: skip

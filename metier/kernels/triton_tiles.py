@@ -12,19 +12,24 @@ import torch
 import triton
 import triton.language as tl
 
-from metier.kernels.reference import MAX_GROUPED_RANK, Groups, Heads, Rotation, rank_gradient
-from metier.kernels.triton_groups import cut, share_of
+from metier.kernels.groups import Groups
+from metier.kernels.reference import Heads, Rotation, rank_gradient
+from metier.kernels.triton_groups import cut, layout, num_ranks, share_of
 
 MAX_FUSED_RANK = 128
-MAX_SUMMED_RANK = 32
+MAX_SUMMED_RANK = 64
 
 
-@triton.jit
-def _add_low_rank(residual, y, low, up, out, bounds, num_rows, num_cols, rank, shares,
-                  up_stride_j, up_stride_n, up_stride_r, GROUPED: tl.constexpr, HAS_RESIDUAL: tl.constexpr,
-                  HAS_LOW: tl.constexpr, PRECISION: tl.constexpr, BR: tl.constexpr, BM: tl.constexpr,
-                  BN: tl.constexpr):  # fmt: skip
-    adapter, first, last = share_of(tl.program_id(0), bounds, num_rows, BM, shares, GROUPED)
+@triton.jit(do_not_specialize=["shares"])
+def _add_low_rank(residual, y, low, up, out, table, num_rows, num_cols, rank, layers, width, shares,
+                  up_stride_j, up_stride_n, up_stride_r, GROUPED: tl.constexpr, IS_UP: tl.constexpr,
+                  HAS_RESIDUAL: tl.constexpr, HAS_LOW: tl.constexpr, PRECISION: tl.constexpr, BR: tl.constexpr,
+                  BM: tl.constexpr, BN: tl.constexpr):  # fmt: skip
+    before, own_rank, first, last, turn = share_of(tl.program_id(0), table, num_rows, BM, shares, GROUPED)
+    if GROUPED:
+        rank = own_rank * layers
+        if IS_UP:
+            up_stride_n = own_rank
     rows = (first + tl.arange(0, BM)).to(tl.int64)
     cols = tl.program_id(1) * BN + tl.arange(0, BN)
     row_mask, col_mask = rows < last, cols < num_cols
@@ -34,9 +39,9 @@ def _add_low_rank(residual, y, low, up, out, bounds, num_rows, num_cols, rank, s
     if HAS_RESIDUAL:
         total += tl.load(residual + at, mask, other=0.0).to(tl.float32)
     if HAS_LOW:
-        up += adapter * up_stride_j
+        up += before * up_stride_j
         ranks = tl.arange(0, BR)
-        low_block = tl.load(low + rows[:, None] * rank + ranks[None, :],
+        low_block = tl.load(low + rows[:, None] * width + ranks[None, :],
                             row_mask[:, None] & (ranks < rank)[None, :], other=0.0)  # fmt: skip
         up_block = tl.load(up + cols[None, :] * up_stride_n + ranks[:, None] * up_stride_r,
                            col_mask[None, :] & (ranks < rank)[:, None], other=0.0)  # fmt: skip
@@ -54,18 +59,19 @@ def add_low_rank(
 ) -> torch.Tensor:
     """Also without a residual; `out` may be y."""
     num_rows, num_cols = y.shape
-    rank = up.shape[-1] if up is not None else 0
+    layers, rank, strides = layout(up, num_cols, groups)
     if low is not None and up is not None and rank > MAX_FUSED_RANK and groups is None:
         y, low, rank = torch.addmm(y, low, up.T), None, 0
     out = torch.empty_like(y) if out is None else out
-    shares = cut(y, 64, groups)
-    strides = (0, 0, 0) if up is None else (0 if up.dim() == 2 else up.stride(0), up.stride(-2), up.stride(-1))
-    _add_low_rank[(shares.total, triton.cdiv(num_cols, 128))](
-        y if residual is None else residual, y, y if low is None else low, y if low is None else up, out,
-        shares.bounds, num_rows, num_cols, rank, shares.each, *strides, GROUPED=shares.is_grouped,
-        HAS_RESIDUAL=residual is not None, HAS_LOW=low is not None, PRECISION=_precision(y),
-        BR=max(16, triton.next_power_of_2(rank)), BM=64, BN=128, num_warps=4,
-    )  # fmt: skip
+    for some in cut(y, 64, groups, rank):
+        own = some.rank * layers
+        _add_low_rank[(some.total, triton.cdiv(num_cols, 128))](
+            y if residual is None else residual, y, y if low is None else low, y if low is None else up, out,
+            some.table, num_rows, num_cols, some.alone, layers, rank * layers, some.each, *strides,
+            GROUPED=some.divisor, IS_UP=up is not None and up.dim() == 1, HAS_RESIDUAL=residual is not None,
+            HAS_LOW=low is not None, PRECISION=_precision(y), BR=max(16, triton.next_power_of_2(own)), BM=64, BN=128,
+            num_warps=4,
+        )  # fmt: skip
     return out
 
 
@@ -91,8 +97,8 @@ def _half_head(qkv, low, up, bias, rows, cols, row_mask, col_mask, num_cols, ran
     return value
 
 
-@triton.jit
-def _rotate(qkv, low, up, bias, cos, sin, q_norm, k_norm, bounds, out, num_rows, num_cols, rank, num_low, num_q, num_kv,
+@triton.jit(do_not_specialize=["shares"])
+def _rotate(qkv, low, up, bias, cos, sin, q_norm, k_norm, table, out, num_rows, num_cols, rank, num_low, num_q, num_kv,
             eps, shares, GROUPED: tl.constexpr,
             HALF: tl.constexpr, HAS_LOW: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_NORM: tl.constexpr,
             PRECISION: tl.constexpr, BR: tl.constexpr, BM: tl.constexpr, BH: tl.constexpr, HEADS: tl.constexpr,
@@ -100,8 +106,10 @@ def _rotate(qkv, low, up, bias, cos, sin, q_norm, k_norm, bounds, out, num_rows,
     """A block of rows and some heads: their angles are read once. Values, the last heads, are not turned."""
     at = tl.arange(0, BH)
     col_mask = at < HALF
-    adapter, begin, last = share_of(tl.program_id(1), bounds, num_rows, BM, shares, GROUPED)
-    up += adapter * num_cols * rank
+    before, own_rank, begin, last, _ = share_of(tl.program_id(1), table, num_rows, BM, shares, GROUPED)
+    if GROUPED:
+        rank = own_rank
+    up += before * num_cols
     rows = (begin + tl.arange(0, BM)).to(tl.int64)
     row_mask = rows < last
     mask = row_mask[:, None] & col_mask[None, :]
@@ -142,15 +150,14 @@ def _before_norm(first, second, raw1, raw2, norm, at, col_mask, eps, HALF: tl.co
     return rstd * (first - raw1 * mean), rstd * (second - raw2 * mean)
 
 
-@triton.jit
-def _rotate_backward(dq, dk, dv, qkv, low, up, bias, cos, sin, q_norm, k_norm, bounds, out,
-                     factor, largest, up_sums, num_rows, num_cols, rank, num_low, num_q, num_kv, eps, rows_each,
+@triton.jit(do_not_specialize=["total", "shares"])
+def _rotate_backward(dq, dk, dv, qkv, low, up, bias, cos, sin, q_norm, k_norm, table, out,
+                     factor, largest, up_sums, num_rows, num_cols, rank, num_low, num_q, num_kv, eps, total, rows_each,
                      shares, GROUPED: tl.constexpr, FIND_LARGEST: tl.constexpr, SUMS: tl.constexpr,
                      HALF: tl.constexpr, HAS_LOW: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_NORM: tl.constexpr,
                      PRECISION: tl.constexpr, BR: tl.constexpr, BM: tl.constexpr, BH: tl.constexpr):  # fmt: skip
     """A head, and a share of the rows over which the gradient of `up` is summed."""
     head = tl.program_id(0)
-    split = tl.program_id(1)
     at = tl.arange(0, BH)
     col_mask = at < HALF
     ranks = tl.arange(0, BR)
@@ -168,8 +175,10 @@ def _rotate_backward(dq, dk, dv, qkv, low, up, bias, cos, sin, q_norm, k_norm, b
     if SUMS:
         first_sum = tl.zeros([BH, BR], tl.float32)
         second_sum = tl.zeros([BH, BR], tl.float32)
-    adapter, begin, last = share_of(split, bounds, num_rows, rows_each, shares, GROUPED)
-    up += adapter * num_cols * rank
+    before, own_rank, begin, last, turn = share_of(tl.program_id(1), table, num_rows, rows_each, shares, GROUPED)
+    if GROUPED:
+        rank = own_rank
+    up += before * num_cols
     for start in tl.range(begin, last, BM, num_stages=1):
         rows = (start + tl.arange(0, BM)).to(tl.int64)
         row_mask = rows < last
@@ -203,7 +212,7 @@ def _rotate_backward(dq, dk, dv, qkv, low, up, bias, cos, sin, q_norm, k_norm, b
             first_sum = tl.dot(tl.trans(one), low_block, first_sum, input_precision=PRECISION)
             second_sum = tl.dot(tl.trans(two), low_block, second_sum, input_precision=PRECISION)
     if SUMS:
-        sum_at = up_sums + (split * num_cols + cols)[:, None] * rank + ranks[None, :]
+        sum_at = up_sums + turn * total * num_cols + before * num_cols + cols[:, None] * rank + ranks[None, :]
         sum_mask = col_mask[:, None] & (ranks < rank)[None, :]
         tl.store(sum_at, first_sum, sum_mask)
         tl.store(sum_at + HALF * rank, second_sum, sum_mask)
@@ -218,16 +227,17 @@ def rotate(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:  # fmt: skip
     # In place, unless the backward pass wants the product as it was.
     out = qkv if rotation.q_norm is None else torch.empty_like(qkv)
-    qkv, low, up = _narrow(qkv, low, up, heads)
-    options = _head_options(out, low, up, heads, rotation)
-    # Measured at 2,048 and 8,192 rows of 12,288 columns on an H100: 32 rows, 8 heads.
-    options |= {"BM": 32, "STAGES": 1 if out.dtype == torch.float32 else 3}
-    shares = cut(out, options["BM"], groups)
-    _rotate[(triton.cdiv(options.pop("num_heads"), HEADS_EACH), shares.total)](
-        *_head_inputs(qkv, low, up, rotation, out), shares.bounds, out, out.shape[0], out.shape[1],
-        *_head_sizes(up, heads, rotation), shares.each, GROUPED=shares.is_grouped, HEADS=HEADS_EACH,
-        **options,
-    )  # fmt: skip
+    qkv, low, up = _narrow(qkv, low, up, heads, groups)
+    num_heads, rank = heads.num_q + 2 * heads.num_kv, _rank(up, groups)
+    for some in cut(out, 32, groups, rank):
+        # Measured at 2,048 and 8,192 rows of 12,288 columns on an H100: 32 rows, 8 heads.
+        options = _head_options(out, low, some.rank, heads, rotation)
+        options |= {"BM": 32, "STAGES": 1 if out.dtype == torch.float32 else 3, "num_warps": 4}
+        _rotate[(triton.cdiv(num_heads, HEADS_EACH), some.total)](
+            *_head_inputs(qkv, low, up, rotation, out), some.table, out, out.shape[0], out.shape[1], some.alone,
+            3 * rank, heads.num_q, heads.num_kv, rotation.eps, some.each, GROUPED=some.divisor, HEADS=HEADS_EACH,
+            **options,
+        )  # fmt: skip
     q, k, v = out.tensor_split(list(heads.ends[:2]), dim=1)
     return tuple(part.view(part.shape[0], -1, heads.size) for part in (q, k, v))  # type: ignore[return-value]
 
@@ -245,37 +255,44 @@ def rotate_backward(
     dq, dk, dv = (g.contiguous() for g in grads)
     num_rows, num_cols = dq.shape[0], heads.ends[2]
     out = torch.empty(num_rows, num_cols, device=dq.device, dtype=dq.dtype)
-    given, rank = low, 0 if up is None else up.shape[-1]
+    given, rank = low, _rank(up, groups)
     has_norm = rotation.q_norm is not None and qkv is not None
     if not has_norm:
         rotation = rotation._replace(bias=None)
     elif qkv is not None:
-        qkv, low, up = _narrow(qkv, low, up, heads)
+        qkv, low, up = _narrow(qkv, low, up, heads, groups)
     product = qkv if has_norm and qkv is not None else dq
-    sums = low is not None and rank <= (MAX_SUMMED_RANK if groups is None else MAX_GROUPED_RANK)
+    sums = low is not None and rank <= MAX_SUMMED_RANK
     largest = torch.zeros(num_rows, device=out.device) if factor is not None else None
-    options = _head_options(out, low if has_norm else None, up, heads, rotation)
-    num_heads = options.pop("num_heads")
+    num_heads, total = heads.num_q + 2 * heads.num_kv, num_ranks(rank, groups)
     rows_each = triton.cdiv(triton.cdiv(num_rows, max(1, 1536 // num_heads)), 64) * 64
-    shares = cut(out, rows_each, groups)
-    up_sums = torch.empty(shares.total * sums, num_cols, rank, device=out.device, dtype=torch.float32)
-    _rotate_backward[(num_heads, shares.total)](
-        dq, dk, dv, *_head_inputs(product, low, up, rotation, out), shares.bounds, out,
-        out if factor is None else factor, out if largest is None else largest, up_sums, num_rows, num_cols,
-        *_head_sizes(up, heads, rotation), shares.rows, shares.each, GROUPED=shares.is_grouped,
-        FIND_LARGEST=factor is not None, SUMS=sums, **options,
-    )  # fmt: skip
+    launches = cut(out, rows_each, groups, rank)
+    shape = (num_cols, rank) if groups is None else (num_cols * total,)
+    up_sums = torch.empty(launches[0].each * sums, *shape, device=out.device, dtype=torch.float32)
+    for some in launches:
+        options = _head_options(out, low if has_norm else None, some.rank, heads, rotation)
+        _rotate_backward[(num_heads, some.total)](
+            dq, dk, dv, *_head_inputs(product, low, up, rotation, out), some.table, out,
+            out if factor is None else factor, out if largest is None else largest, up_sums, num_rows, num_cols,
+            some.alone, 3 * rank, heads.num_q, heads.num_kv, rotation.eps, total, some.rows, some.each,
+            GROUPED=some.divisor, FIND_LARGEST=factor is not None, SUMS=sums, **options,
+        )  # fmt: skip
     up_grad = None
     if given is not None:
-        up_grad = shares.summed(up_sums) if sums else rank_gradient(out, given, heads.ends)
+        up_grad = up_sums.sum(0) if sums else rank_gradient(out, given, heads.ends)
     return out, largest, up_grad
 
 
+def _rank(up: torch.Tensor | None, groups: Groups | None) -> int:
+    """The widest, of several."""
+    return 0 if up is None else up.shape[1] if groups is None else groups.widest
+
+
 def _narrow(
-    qkv: torch.Tensor, low: torch.Tensor | None, up: torch.Tensor | None, heads: Heads
+    qkv: torch.Tensor, low: torch.Tensor | None, up: torch.Tensor | None, heads: Heads, groups: Groups | None
 ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
     """Adds a low-rank part that is too wide for the kernels' registers by products of its own."""
-    if low is None or up is None or up.shape[-1] <= MAX_FUSED_RANK:
+    if low is None or up is None or groups is not None or up.shape[1] <= MAX_FUSED_RANK:
         return qkv, low, up
     rank, starts = up.shape[1], (0, *heads.ends[:2])
     for j, (a, b) in enumerate(zip(starts, heads.ends, strict=True)):
@@ -291,20 +308,16 @@ def _head_inputs(
     return [stand_in if tensor is None else tensor for tensor in given]
 
 
-def _head_sizes(up: torch.Tensor | None, heads: Heads, rotation: Rotation) -> tuple[int | float, ...]:
-    rank = up.shape[-1] if up is not None else 0
-    return rank, 3 * rank, heads.num_q, heads.num_kv, rotation.eps
-
-
 def _head_options(
-    out: torch.Tensor, low: torch.Tensor | None, up: torch.Tensor | None, heads: Heads, rotation: Rotation
+    out: torch.Tensor, low: torch.Tensor | None, rank: int, heads: Heads, rotation: Rotation
 ) -> dict[str, Any]:
-    rank, half = up.shape[-1] if up is not None else 0, heads.size // 2
+    half = heads.size // 2
     return {
-        "num_heads": heads.num_q + 2 * heads.num_kv, "HALF": half, "HAS_LOW": low is not None,
-        "HAS_BIAS": rotation.bias is not None, "HAS_NORM": rotation.q_norm is not None, "PRECISION": _precision(out),
-        "BR": max(16, triton.next_power_of_2(rank)), "BM": 64, "BH": max(16, triton.next_power_of_2(half)),
-        "num_warps": 4,
+        "HALF": half, "HAS_LOW": low is not None, "HAS_BIAS": rotation.bias is not None,
+        "HAS_NORM": rotation.q_norm is not None, "PRECISION": _precision(out),
+        "BR": max(16, triton.next_power_of_2(rank)), "BH": max(16, triton.next_power_of_2(half)),
+        # Fewer rows where a wide rank's sums would leave the SM to one block.
+        "BM": 64 if rank <= 16 else 32, "num_warps": 4 if rank <= 32 else 8,
     }  # fmt: skip
 
 

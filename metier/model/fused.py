@@ -10,6 +10,7 @@ layers; the results are equal to rounding (tests/model/test_fused.py).
 from __future__ import annotations
 
 import contextlib
+import itertools
 from collections.abc import Iterator, Sequence
 from typing import Any, Literal, Protocol
 
@@ -19,16 +20,17 @@ from torch.utils.checkpoint import checkpoint
 from metier.kernels.attention import Documents, takes_flash
 from metier.kernels.dropout import Dropout
 from metier.kernels.frozen import DenseWeight, Fp8Weight, joined, stack
+from metier.kernels.groups import MAX_GROUPED_RANK, Groups
 from metier.kernels.loss import Head, head_losses
-from metier.kernels.reference import MAX_GROUPED_RANK, Groups, Heads, Rotation
+from metier.kernels.reference import Heads, Rotation
 from metier.model.graphs import GraphedPasses
-from metier.model.layers import Layer, Part, Site, Treatment, run_layer
+from metier.model.layers import Layer, Treatment, run_layer
 from metier.model.lora import Adapter, LoRALinear, scaling_of
 from metier.model.quantise import FrozenLinear
 from metier.model.shards import shards_of
+from metier.model.sites import Part, Site, refresh
 
 Recompute = Literal["none", "mlp", "layer"]
-IMAGES_AT_ONCE = 56
 ARCHITECTURES = ("llama", "mistral", "qwen2", "qwen3")
 
 
@@ -74,14 +76,13 @@ class FusedModel:
         sites = self._sites
         for site in sites:
             site.parts = [_part(site, adapter) for adapter in adapters]
-        self.num_adapters = len(adapters)
+        self.ranks = tuple(adapter.config.rank for adapter in adapters)
         self.dropout = adapters[0].config.dropout if len(adapters) == 1 else 0.0
-        self.images = [image for site in sites for image in site.images(self.head.dtype, self.head.device)]
+        self._make_images()
         # The rotary module of these kinds asks the host how long the row is.
         is_static = getattr(self.decoder.rotary_emb, "rope_type", "default") not in ("dynamic", "longrope")
         self.only = 0
-        rank = max((part.rank for site in sites for part in site.parts), default=0)
-        self.is_grouped = len(adapters) > 1 and self.head.is_cuda and rank <= MAX_GROUPED_RANK
+        self.is_grouped = len(adapters) > 1 and self.head.is_cuda and max(self.ranks) <= MAX_GROUPED_RANK
         own = [p for site in sites for p in site.parameters] if len(adapters) == 1 else []
         can_record = self.is_flash and is_static and not self.shards and (len(adapters) == 1 or self.is_grouped)
         self.graphs = GraphedPasses(self, own) if can_record else None
@@ -110,12 +111,24 @@ class FusedModel:
     def _sites(self) -> list[Site]:
         return [site for layer in self.layers for site in layer.sites]
 
-    @torch.no_grad()
+    def _make_images(self) -> None:
+        """Memory for the adapters' masters as products read them: of several, for one layer at a time."""
+        sizes = [[site.image_size for site in layer.sites] for layer in self.layers]
+        starts = list(itertools.accumulate(map(sum, sizes), initial=0))
+        # What one layer leaves empty would keep another's.
+        if len(self.ranks) > 1 and all(site.is_full for site in self._sites):
+            starts = [0] * len(sizes) + [max(map(sum, sizes))]
+        room = torch.zeros(starts[-1], dtype=self.head.dtype, device=self.head.device)
+        for layer, own, start in zip(self.layers, sizes, starts, strict=False):
+            pieces = torch.split(room[start : start + sum(own)], own)
+            layer.images = [image for site, piece in zip(layer.sites, pieces, strict=True)
+                            for image in site.images(piece)]  # fmt: skip
+        self.images = [image for layer in self.layers for image in layer.images]
+
     def refresh(self) -> None:
-        """Copies the adapter's fp32 masters into the sites, scaled in fp32, a few at a time: the copies are memory."""
-        for start in range(0, len(self.images), IMAGES_AT_ONCE):
-            images, masters, scales = zip(*self.images[start : start + IMAGES_AT_ONCE], strict=True)
-            torch._foreach_copy_(images, torch._foreach_mul(masters, scales))
+        """Copies the masters of one adapter into all sites; of several each layer does it."""
+        if len(self.ranks) == 1:
+            refresh(self.images)
 
     @property
     def training(self) -> bool:
@@ -135,7 +148,7 @@ class FusedModel:
     def losses(self, batch: Batch, spans: tuple[tuple[int, int, int], ...] = ()) -> torch.Tensor:
         """Cross-entropy in nats of each supervised position, [N] fp32, not weighted.
 
-        `spans` are the adapters' rows, where there are several adapters (`metier.kernels.reference.Groups`).
+        `spans` are the adapters' rows, where there are several adapters (`metier.kernels.groups.Groups`).
         """
         documents = Documents.of(batch.lengths, batch.input_ids.device, is_flash=self.is_flash)
         groups = self._groups(spans, batch.input_ids.shape[1])
@@ -184,9 +197,9 @@ class FusedModel:
         return Treatment(groups, Dropout(self.dropout, row_keys))
 
     def _groups(self, spans: tuple[tuple[int, int, int], ...], num_rows: int) -> Groups | None:
-        if self.num_adapters < 2:
+        if len(self.ranks) < 2:
             return None
-        groups = Groups(spans or ((self.only, 0, num_rows),), self.num_adapters)
+        groups = Groups(spans or ((self.only, 0, num_rows),), self.ranks)
         return groups.on(self.head.device) if self.is_grouped else groups
 
     def _last(self) -> Head:

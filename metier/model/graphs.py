@@ -22,7 +22,7 @@ import torch
 from torch.nn import functional
 
 from metier.kernels.attention import Documents
-from metier.kernels.reference import Groups
+from metier.kernels.groups import Groups
 
 MAX_GRAPHS = 48
 # From this many (tokens x weights of a layer) a padding token costs more than a bucket saves (H100): finer buckets.
@@ -37,7 +37,7 @@ class Pass(Protocol):
 
     recompute: Any
     layer_size: int
-    num_adapters: int
+    ranks: tuple[int, ...]
 
     @property
     def drops_out(self) -> bool: ...
@@ -100,13 +100,13 @@ class GraphedPasses:
     ) -> torch.Tensor | None:  # fmt: skip
         """The pass's losses [N], the gradient of their sum times `weights` [N] added; None when no graph has room.
 
-        `spans`: see `metier.kernels.reference.Groups`.
+        `spans`: see `metier.kernels.groups.Groups`.
         """
         bucket, groups = self.bucket(batch), None
         if spans:
             number, start, _ = spans[-1]
             spans = (*spans[:-1], (number, start, bucket.num_tokens))
-            groups = Groups(spans, self.run.num_adapters).on(weights.device)
+            groups = Groups(spans, self.run.ranks).on(weights.device)
             # A power of two: shares beyond an adapter's rows cost next to nothing.
             self.longest = max(self.longest, 1 << (groups.longest - 1).bit_length())
             bucket = replace(bucket, longest=self.longest, is_even=groups.is_even)
@@ -119,8 +119,8 @@ class GraphedPasses:
         inputs["weights"] = functional.pad(weights, (0, bucket.num_positions - weights.shape[0]))
         if self.run.drops_out:
             inputs["row_keys"] = functional.pad(batch.row_keys, (0, bucket.num_tokens - batch.row_keys.shape[0]))
-        if groups is not None and groups.bounds is not None:
-            inputs["bounds"] = groups.bounds
+        if groups is not None and groups.table is not None:
+            inputs["table"] = groups.table
         self._attach_grads()
         if key not in self.recorded:
             recorded = self._record(inputs, bucket)
@@ -172,8 +172,8 @@ class GraphedPasses:
         buffers["weights"].zero_()  # the pass that is made before recording adds nothing to the gradients
         documents = Documents(buffers["cu_seqlens"], bucket.max_seqlen, None, None, bucket.equal)
         groups = None
-        if "bounds" in buffers:
-            groups = Groups((), self.run.num_adapters, buffers["bounds"], bucket.longest, bucket.is_even)
+        if "table" in buffers:
+            groups = Groups((), self.run.ranks, buffers["table"], bucket.longest, bucket.is_even)
 
         def once() -> torch.Tensor:
             losses = self.run.losses_of(buffers, documents, groups)

@@ -11,167 +11,13 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import nn
 
 from metier.kernels import ops
 from metier.kernels.attention import Documents, attend
 from metier.kernels.dropout import Dropout
-from metier.kernels.frozen import FrozenWeight
-from metier.kernels.reference import Groups, Heads, Rotation, Rows
-
-Gradients = list[torch.Tensor | None]
-
-
-@dataclass
-class Part:
-    """One adapter at a site: its fp32 A [R, I] and B [O, R] for each of the layers, or None where it has none.
-
-    `numbers` are those layers' in the adapter, which decide dropout's masks.
-    """
-
-    masters: list[tuple[nn.Parameter, nn.Parameter] | None]
-    scaling: float
-    rank: int
-    numbers: list[int]
-
-
-@dataclass
-class Site:
-    """Linear layers that share their input, with the adapters' weights in the form in which products read them.
-
-    `ends` are the layers' ends in the output, `names` the layers' in the model. Of one adapter, down [n R, I] holds the
-    layers' A, up [O, R] their B times the scaling, both in the model's dtype; None where none of the layers has an
-    adapter. Of several they are stacked, [J, n R, I] and [J, O, R], with R the largest rank and zeros beyond a smaller,
-    and `totals` are the sums of their gradients, with `places` for each parameter. `inputs` are the parameters that a
-    pass hangs on.
-    """
-
-    weight: FrozenWeight
-    ends: tuple[int, ...]
-    names: tuple[str, ...]
-    parts: list[Part] = field(default_factory=list)
-    down: torch.Tensor | None = None
-    up: torch.Tensor | None = None
-    inputs: list[nn.Parameter] = field(default_factory=list)
-    totals: tuple[torch.Tensor, ...] | None = None
-    scalings: torch.Tensor | None = None
-    places: list[tuple[nn.Parameter, torch.Tensor]] = field(default_factory=list)
-
-    @property
-    def rank(self) -> int:
-        return max(part.rank for part in self.parts)
-
-    @property
-    def parameters(self) -> list[nn.Parameter]:
-        return [p for part in self.parts for pair in part.masters if pair is not None for p in pair]
-
-    @property
-    def down_t(self) -> torch.Tensor | None:
-        return None if self.down is None else self.down.mT
-
-    def images(self, dtype: torch.dtype, device: torch.device) -> list[tuple[torch.Tensor, nn.Parameter, float]]:
-        """Makes `down` and `up`; where each master is copied to, and by what it is multiplied."""
-        self.down = self.up = self.totals = self.scalings = None
-        self.places = []
-        parameters, count = self.parameters, len(self.parts)
-        self.inputs = parameters if count == 1 else parameters[:1]
-        if not parameters:
-            return []
-        shapes = (count, len(self.ends) * self.rank, self.weight.shape[1]), (count, self.weight.shape[0], self.rank)
-        down, up = (torch.zeros(shape, dtype=dtype, device=device) for shape in shapes)
-        found = []
-        for number, part in enumerate(self.parts):
-            places = self._places(part, down[number], up[number])
-            scales = (1.0, part.scaling) * (len(places) // 2)
-            found += [(place, parameter, scale) for (parameter, place), scale in zip(places, scales, strict=True)]
-        self.down, self.up = (down, up) if count > 1 else (down[0], up[0])
-        if count > 1:
-            wide = torch.promote_types(dtype, torch.float32)
-            self.totals = tuple(torch.zeros(shape, dtype=wide, device=device) for shape in shapes)
-            scalings = [part.scaling for part in self.parts]
-            self.scalings = torch.tensor(scalings, dtype=wide, device=device)[:, None, None]
-            for part, *own in zip(self.parts, *self.totals, strict=True):
-                self.places += self._places(part, *own)
-        return found
-
-    def _places(self, part: Part, down: torch.Tensor, up: torch.Tensor) -> list[tuple[nn.Parameter, torch.Tensor]]:
-        """The A and B of each layer that an adapter has, with their places in its `down` and `up`."""
-        found, start = [], 0
-        for j, (end, pair) in enumerate(zip(self.ends, part.masters, strict=True)):
-            if pair is not None:
-                found.append((pair[0], down[j * self.rank : j * self.rank + part.rank]))
-                found.append((pair[1], up[start:end, : part.rank]))
-            start = end
-        return found
-
-    @property
-    def factor(self) -> torch.Tensor | None:
-        """What dy is multiplied by before it is quantised for dX."""
-        return self.weight.column_scale if self.weight.eats_fp8 else None
-
-    def gradient_rows(
-        self, dy: torch.Tensor, groups: Groups | None, largest: torch.Tensor | None = None
-    ) -> Rows:  # fmt: skip
-        """dy [M, O] as the product for dX reads it, with its projection on the rank."""
-        return ops.project_rows(
-            dy, factor=self.factor, down=self.up, segments=self.ends if self.up is not None else (),
-            quantise=self.weight.eats_fp8, largest=largest, **_of(groups),
-        )  # fmt: skip
-
-    def gradients(self, down: torch.Tensor | None, up: torch.Tensor | None, groups: Groups | None) -> Gradients:
-        """What backward returns for `inputs`, from the gradients of `down` and `up`, fp32 and of their shapes.
-
-        Those of several adapters are added to `totals`, all at once.
-        """
-        if not self.inputs:
-            return []
-        assert down is not None and up is not None
-        if groups is not None:
-            assert self.totals is not None and self.scalings is not None
-            self.totals[0].add_(down)
-            self.totals[1].addcmul_(up, self.scalings)
-            return [None]
-        up.mul_(self.parts[0].scaling)
-        return [grad for _, grad in self._places(self.parts[0], down, up)]
-
-    def project_dropped(self, x: torch.Tensor, dropout: Dropout, **norm: torch.Tensor) -> torch.Tensor | None:
-        """The projection [M, n R] of one adapter's input, each layer's after a mask of its own; see `drop_rows`."""
-        if self.down is None:
-            return None
-        numbers, downs = self.parts[0].numbers, self.down.chunk(len(self.ends))
-        dropped = (ops.drop_rows(x, dropout, number, **norm) for number in numbers)
-        return torch.cat([each @ down.mT for each, down in zip(dropped, downs, strict=True)], 1)
-
-    def dropped_backward(
-        self, low: torch.Tensor | None, dropout: Dropout, target: torch.Tensor | None, x: torch.Tensor,
-        **norm: torch.Tensor,
-    ) -> torch.Tensor | None:  # fmt: skip
-        """The gradient of `down`, fp32, from that of `project_dropped`, low [M, n R]; x's is added to `target`."""
-        if self.down is None or low is None:
-            return None
-        grads = []
-        for number, own, down in zip(
-            self.parts[0].numbers, low.chunk(len(self.ends), 1), self.down.chunk(len(self.ends)), strict=True
-        ):
-            own = own.contiguous()
-            grads.append(ops.rank_gradient(own, ops.drop_rows(x, dropout, number, **norm), (self.rank,), None))
-            if target is not None:
-                ops.drop_rows(own @ down, dropout, number, into=target)
-        return torch.cat(grads)
-
-    def settle(self) -> None:
-        """Hands `totals` to the parameters of several adapters as their `.grad`."""
-        for parameter, total in self.places:
-            parameter.grad = total.to(parameter.dtype).contiguous()
-
-    def rank_gradient(self, dy: torch.Tensor, low: torch.Tensor | None, groups: Groups | None) -> torch.Tensor | None:
-        """The gradient of `up` from dy [M, O] and low = x A^T [M, n R]."""
-        return None if low is None else ops.rank_gradient(dy, low, self.ends, groups)
-
-
-def _of(groups: Groups | None) -> dict[str, Groups]:
-    """What an op is told of a pass of several adapters; of one adapter it is told nothing."""
-    return {} if groups is None else {"groups": groups}
+from metier.kernels.groups import Groups
+from metier.kernels.reference import Heads, Rotation, Rows
+from metier.model.sites import Image, Site, group_options, refresh
 
 
 @dataclass
@@ -189,6 +35,7 @@ class Layer:
     o: Site
     gate_up: Site
     down: Site
+    images: list[Image] = field(default_factory=list)
 
     @property
     def sites(self) -> tuple[Site, Site, Site, Site]:
@@ -210,7 +57,7 @@ def _rows(
     down = site.down_t if treatment.dropout is None else None
     rows = ops.project_rows(
         x, factor=factor, down=down, segments=() if down is None else (x.shape[1],), eps=eps,
-        quantise=site.weight.eats_fp8, **_of(treatment.groups),
+        quantise=site.weight.eats_fp8, **group_options(treatment.groups),
     )  # fmt: skip
     if treatment.dropout is None:
         return rows
@@ -226,7 +73,7 @@ def _norm_backward(
     if treatment.dropout is None:
         return ops.norm_backward(
             dz, x, rstd=rstd, weight=weight, low=low, down=site.down, projected=projected, residual=residual,
-            **_of(treatment.groups),
+            **group_options(treatment.groups),
         )  # fmt: skip
     down_grad = site.dropped_backward(low, treatment.dropout, dz, x, rstd=rstd, factor=weight)
     dx, _ = ops.norm_backward(dz, x, rstd=rstd, weight=weight, low=None, down=None, projected=None, residual=residual)
@@ -250,7 +97,7 @@ class _Queries(torch.autograd.Function):
         rotation = rotation._replace(bias=layer.bias, q_norm=layer.q_norm, k_norm=layer.k_norm, eps=layer.eps)
         rows = _rows(x, layer.qkv, treatment, factor=layer.input_norm, eps=layer.eps)
         qkv = layer.qkv.weight.matmul(rows)
-        q, k, v = ops.rotate(qkv, rows.low, layer.qkv.up, layer.heads, rotation, **_of(treatment.groups))
+        q, k, v = ops.rotate(qkv, rows.low, layer.qkv.up, layer.heads, rotation, **group_options(treatment.groups))
         ctx.save_for_backward(x, rows.rstd, rows.low, qkv if layer.q_norm is not None else None)
         ctx.layer, ctx.rotation, ctx.treatment = layer, rotation, treatment
         return q, k, v, x.view_as(x)
@@ -261,7 +108,14 @@ class _Queries(torch.autograd.Function):
         layer, site, treatment = ctx.layer, ctx.layer.qkv, ctx.treatment
         groups = treatment.groups
         dy, largest, up_grad = ops.rotate_backward(
-            (grads[0], grads[1], grads[2]), qkv, low, site.up, layer.heads, ctx.rotation, site.factor, **_of(groups)
+            (grads[0], grads[1], grads[2]),
+            qkv,
+            low,
+            site.up,
+            layer.heads,
+            ctx.rotation,
+            site.factor,
+            **group_options(groups),
         )
         rows = site.gradient_rows(dy, groups, largest)
         dx, down_grad = None, None
@@ -274,7 +128,7 @@ class _Queries(torch.autograd.Function):
             down_grad = site.dropped_backward(rows.low, treatment.dropout, None, x, rstd=rstd, factor=layer.input_norm)
         elif rows.low is not None:
             scaled = (rows.low * rstd[:, None]).to(x.dtype)
-            down_grad = ops.rank_gradient(scaled, x, (scaled.shape[1],), groups) * layer.input_norm
+            down_grad = ops.down_gradient(scaled, x, groups) * layer.input_norm
         return dx, None, None, None, *site.gradients(down_grad, up_grad, groups)
 
 
@@ -289,7 +143,7 @@ class _Output(torch.autograd.Function):
         rows = _rows(attention, site, treatment)
         ctx.save_for_backward(attention, rows.low)
         ctx.layer, ctx.treatment = layer, treatment
-        return ops.add_low_rank(x, site.weight.matmul(rows), rows.low, site.up, **_of(groups))
+        return ops.add_low_rank(x, site.weight.matmul(rows), rows.low, site.up, **group_options(groups))
 
     @staticmethod
     def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
@@ -303,7 +157,7 @@ class _Output(torch.autograd.Function):
             down_grad = site.dropped_backward(rows.low, treatment.dropout, d_attention, attention)
         elif rows.low is not None:
             ops.add_low_rank_(d_attention, rows.low, site.down, groups)
-            down_grad = ops.rank_gradient(rows.low, attention, (site.rank,), groups)
+            down_grad = ops.down_gradient(rows.low, attention, groups)
         return dy, d_attention, None, None, *site.gradients(down_grad, up_grad, groups)
 
 
@@ -324,7 +178,7 @@ class _Mlp(torch.autograd.Function):
         if treatment.dropout is None:
             h = ops.swiglu(
                 both, rows.low, layer.gate_up.up, down=layer.down.down_t, quantise=layer.down.weight.eats_fp8,
-                **_of(treatment.groups),
+                **group_options(treatment.groups),
             )  # fmt: skip
         else:
             h = _rows(_activated(both, rows.low, layer.gate_up), layer.down, treatment)
@@ -351,7 +205,7 @@ class _Mlp(torch.autograd.Function):
             next_down = next_low = None
         result = ops.swiglu_backward(
             dh, both, low, site.up, low_dh=next_low, down=next_down, factor=site.factor,
-            quantise=site.weight.eats_fp8, **_of(groups),
+            quantise=site.weight.eats_fp8, **group_options(groups),
         )  # fmt: skip
         del both  # a third of what a recomputed layer holds, and read for the last time
         dx, down_grad = _norm_backward(
@@ -367,12 +221,15 @@ class _Down(torch.autograd.Function):
     """x [M, I] -> x + down(h), h taken from `found`; the gradient goes back to `_Mlp` unchanged."""
 
     @staticmethod
-    def forward(ctx: Any, x: torch.Tensor, site: Site, treatment: Treatment, found: list[Rows]) -> torch.Tensor:
-        h = found.pop()
-        return ops.add_low_rank(x, site.weight.matmul(h), h.low, site.up, **_of(treatment.groups))
+    def forward(ctx: Any, x: torch.Tensor, layer: Layer, treatment: Treatment, found: list[Rows]) -> torch.Tensor:
+        ctx.layer, ctx.treatment = layer, treatment
+        h, site = found.pop(), layer.down
+        return ops.add_low_rank(x, site.weight.matmul(h), h.low, site.up, **group_options(treatment.groups))
 
     @staticmethod
     def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        if ctx.treatment.groups is not None:
+            refresh(ctx.layer.images)  # a layer's backward begins here
         return grads[0], None, None, None
 
 
@@ -380,11 +237,16 @@ def run_layer(
     x: torch.Tensor, layer: Layer, rotation: Rotation, documents: Documents, *, keeps: bool,
     treatment: Treatment,
 ) -> torch.Tensor:  # fmt: skip
-    """A decoder layer: x [M, I] -> [M, I]. Unless it `keeps` gate and up, backward computes them again."""
+    """A decoder layer: x [M, I] -> [M, I]. Unless it `keeps` gate and up, backward computes them again.
+
+    Of several adapters the sites' memory is shared with other layers and filled here, and for backward once more.
+    """
+    if treatment.groups is not None:
+        refresh(layer.images)
     q, k, v, x = _Queries.apply(x, layer, rotation, treatment, *layer.qkv.inputs)  # type: ignore[no-untyped-call]
     attention = attend(q, k, v, documents).flatten(1)
     x = _Output.apply(x, attention, layer, treatment, *layer.o.inputs)  # type: ignore[no-untyped-call]
     parameters = (*layer.gate_up.inputs, *layer.down.inputs)
     found: list[Rows] = []
     x = _Mlp.apply(x, layer, keeps, treatment, found, *parameters)  # type: ignore[no-untyped-call]
-    return _Down.apply(x, layer.down, treatment, found)  # type: ignore[no-any-return, no-untyped-call]
+    return _Down.apply(x, layer, treatment, found)  # type: ignore[no-any-return, no-untyped-call]

@@ -46,7 +46,8 @@ class Together:
 
     @property
     def sharing(self) -> list[Trainer]:
-        return [trainer for trainer in self.trainers if trainer.model is self.fused]
+        """Those of like ranks side by side: kernels take them in one launch."""
+        return sorted((t for t in self.trainers if t.model is self.fused), key=lambda t: t.lora.config.rank)
 
     def round(self) -> list[StepResult]:
         """One step of every trainer, in their order; their `progress` counts it when `counted` is called."""

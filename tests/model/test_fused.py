@@ -187,8 +187,9 @@ def test_what_the_fused_path_does_not_do_takes_the_other() -> None:
 
 TOGETHER: list[dict[str, Any]] = [
     {"rank": 3, "alpha": 6}, {"rank": 5, "use_rslora": True}, {"rank": 2},
-    {"rank": 7, "alpha": 1, "target_modules": ["q_proj", "up_proj", "down_proj"]},
 ]  # fmt: skip
+IN_ONE_LAYER = {"rank": 2, "target_modules": ["layers.1.mlp.up_proj"]}
+PARTLY = {"rank": 7, "alpha": 1, "target_modules": ["q_proj", "up_proj", "down_proj"]}
 
 
 def adapters_of(model: Any, settings: list[dict[str, Any]]) -> list[Adapter]:
@@ -203,9 +204,14 @@ def adapters_of(model: Any, settings: list[dict[str, Any]]) -> list[Adapter]:
 
 @pytest.mark.parametrize("recompute", ["none", "mlp", "layer"])
 @pytest.mark.parametrize("kind", ["qwen2", "qwen3"])
-def test_several_adapters_get_the_gradients_of_their_own_runs(kind: Kind, recompute: Recompute) -> None:
+@pytest.mark.parametrize(
+    "last", [PARTLY, {"rank": 7, "alpha": 1}, {"rank": 2, "target_modules": ["layers.1.mlp.up_proj"]}]
+)
+def test_several_adapters_get_the_gradients_of_their_own_runs(
+    kind: Kind, recompute: Recompute, last: dict[str, Any]
+) -> None:
     model = tiny_model(kind)[0].double()
-    adapters = adapters_of(model, TOGETHER)
+    adapters = adapters_of(model, [*TOGETHER, last])
     company = [
         (number, pack_batches(random_records(3 + number, model.config.vocab_size, seed=number), 10_000, 99)[0])
         for number in (3, 0, 1)  # the third adapter has no rows, and the rows are not in the adapters' order
@@ -228,3 +234,28 @@ def test_several_adapters_get_the_gradients_of_their_own_runs(kind: Kind, recomp
             assert got is not None
             assert grad.norm() > 0
             assert (got - grad).norm() <= 1e-11 * grad.norm(), (number, name)
+
+
+def test_adapters_of_unlike_ranks_take_the_bytes_of_their_own_parameters() -> None:
+    model = tiny_model("llama2")[0].bfloat16()
+    adapters = [new_adapter(model, AdapterConfig(rank=rank), seed=rank) for rank in (2, 16, 5)]
+    num_parameters = sum(adapter.num_parameters for adapter in adapters)
+    fused = fuse(model, *adapters)
+    assert fused is not None
+    sites = [site for layer in fused.layers for site in layer.sites]
+    images = [matrix for site in fused.layers[0].sites for matrix in (site.down, site.up) if matrix is not None]
+    sums = [total for site in sites for total in site.totals or ()]
+    assert sum(image.nbytes for image in images) * len(fused.layers) == 2 * num_parameters
+    assert {image.untyped_storage().data_ptr() for image, *_ in fused.images} == {
+        images[0].untyped_storage().data_ptr()
+    }
+    assert images[0].untyped_storage().nbytes() * len(fused.layers) == 2 * num_parameters
+    assert sum(total.nbytes for total in sums) == 4 * num_parameters
+    batch, spans, _ = side_by_side([(0, pack_batches(random_records(2, model.config.vocab_size), 10_000, 99)[0])])
+    fused.clear()
+    fused.accumulate_each(batch, torch.ones(batch.num_loss_tokens), spans)
+    fused.settle()
+    places = {total.untyped_storage().data_ptr() for total in sums}
+    for adapter in adapters:  # the gradients are those sums, not copies
+        assert all(p.grad is not None and p.grad.untyped_storage().data_ptr() in places
+                   for p in adapter.parameters.values())  # fmt: skip

@@ -11,7 +11,8 @@ import re
 from collections.abc import Iterator
 from functools import cache
 
-from metier.data.deidentify.english import CAPITAL, HAS_CAPITAL, LETTER
+from metier.data.deidentify.english import HAS_CAPITAL
+from metier.data.deidentify.english_words import CAPITAL, LETTER
 from metier.data.deidentify.lexicon import cues, words
 from metier.data.deidentify.spans import Span
 
@@ -35,7 +36,8 @@ _TAIL = re.compile(
 # Where an address ends after a cue: at a word that goes on with the sentence.
 _CUE_END = re.compile(
     r"(?:,| and| but| for| on| in| with| by| at| so|\.)? (?:and|but|my|the|please|is|was|since|because|"
-    r"for|by|with|which|that|I|he|she|they|we|can|phone|tel|call|email|starting|before|after|until)\b|\. |"
+    r"for|by|with|which|that|I|he|she|they|we|can|phone|tel|call|email|starting|before|after|until)\b|"
+    r" (?:in|since|until) (?:19|20)\d{2}\b|\. |"
     r"\.$|\.\n"
 )
 

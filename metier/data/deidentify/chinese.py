@@ -12,12 +12,12 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, lru_cache
 from importlib import resources
 
 import yaml
 
-from metier.data.deidentify.lexicon import characters, cues, word_set, words
+from metier.data.deidentify.lexicon import characters, cues, glossary, word_set, words
 from metier.data.deidentify.spans import Span
 
 Token = tuple[str, str]  # a word and its part of speech
@@ -25,6 +25,8 @@ WordAt = tuple[int, str, str]  # where a word starts, the word, its part of spee
 
 HAN = "\u3400-\u4dbf\u4e00-\u9fff"
 MIN_POINTS = -1.5
+COMMON = 100  # surnames
+_TAGS = "abcdefghijklmnopqrstuvwxyz"
 
 # What stands right before a name: roles, relations, verbs, prepositions.
 # Words after which a name often stands, that stand before much else too.
@@ -52,12 +54,29 @@ def _compound() -> frozenset[str]:
 
 @cache
 def _given() -> frozenset[str]:
-    return characters("zh_given")
+    return characters("zh_given") | characters("zh_given_more")
+
+
+@cache
+def _strong() -> frozenset[str]:
+    """Characters that given names use and little else."""
+    return characters("zh_given_strong") | characters("zh_given_stronger")
+
+
+@cache
+def _common() -> frozenset[str]:
+    """The surnames of most people."""
+    return frozenset(words("zh_surnames")[:COMMON]) - _rare()
+
+
+@cache
+def _term_set() -> frozenset[str]:
+    return word_set("zh_terms") | glossary("zh")
 
 
 @cache
 def _terms() -> re.Pattern[str]:
-    long = sorted((word for word in words("zh_terms") if len(word) > 2), key=len, reverse=True)
+    long = sorted((word for word in _term_set() if len(word) > 2), key=len, reverse=True)
     return re.compile("|".join(map(re.escape, long)))
 
 
@@ -82,7 +101,10 @@ def find_chinese_names(text: str) -> tuple[list[Span], list[tuple[int, int]], li
 
     tagged: list[Token] = rjieba.tag(text)
     protected = [match.span() for match in _terms().finditer(text)]
-    return [*_dotted(text), *_names(text, tagged, protected)], protected, tagged
+    familiar = list(_familiar(text, tagged))
+    starts = {span.start for span in familiar}
+    names = [span for span in _names(text, tagged, protected) if span.start not in starts]
+    return [*_dotted(text), *names, *familiar], protected, tagged
 
 
 @dataclass(frozen=True, slots=True)
@@ -149,12 +171,18 @@ def _points(text: str, start: int, size: int, given: int, cuts: Cuts) -> float:
     end = start + size + given
     best_left, best_cuts = _best_rest()
     points = (
-        _head_points()[*_head(text, start, size, end), given] + _side_points()["right", _right(text, end, cuts.word_at)]
+        _head_points()[*_head(text, start, size, end), given]
+        + _side_points()["right", _right(text, start, end, cuts.word_at)]
     )
     # Most candidates end here: nothing that is still to be seen would make them a name.
     if points + best_left + best_cuts <= MIN_POINTS:
         return points
-    points += _side_points()["left", _left(text, start, cuts.word_at)]
+    left = _left(text, start, cuts.word_at)
+    if size == 1 and text[start] in cues("zh_function_surnames"):
+        known, strong = _known(text[start + 1 : end])
+        if strong < given and (left != "cue" or known < given):
+            return MIN_POINTS
+    points += _side_points()["left", left]
     if points + best_cuts <= MIN_POINTS:
         return points
     for mark in _word_marks(text, start, size, end, cuts):
@@ -174,21 +202,22 @@ def _best_rest() -> tuple[float, float]:
 
 
 @cache
-def _head_points() -> dict[tuple[str, int, int], float]:
-    """What the marks of a name's own characters add up to: by kind of surname, known and all given characters."""
+def _head_points() -> dict[tuple[str, int, int, int], float]:
+    """What the marks of a name's own characters add up to: by kind of surname, known, strong and all given ones."""
     weights = _weights()
     return {
-        (kind, known, given): sum(weights.get(mark, 0.0) for mark in _head_marks(kind, known, given))
-        for kind in ("double", "grammar", "word", "single")
+        (kind, known, strong, given): sum(weights.get(mark, 0.0) for mark in _head_marks(kind, known, strong, given))
+        for kind in ("compound", "double", "grammar", "word", "common", "single")
         for given in (1, 2)
         for known in range(given + 1)
+        for strong in range(given + 1)
     }
 
 
 @cache
 def _side_points() -> dict[tuple[str, str], float]:
     """By side and what stands there."""
-    kinds = ("cue", "weak", "inside", "edge", "verb", "noun", "none")
+    kinds = ("cue", "weak", "inside", "edge", "guess", "none", *_TAGS)
     return {(side, kind): _weights().get(f"{side} {kind}", 0.0) for side in ("left", "right") for kind in kinds}
 
 
@@ -196,27 +225,42 @@ def marks(text: str, start: int, size: int, given: int, cuts: Cuts) -> Iterator[
     """What is seen of a candidate; each mark has its weight in zh_name_weights.yaml."""
     end = start + size + given
     yield from _head_marks(*_head(text, start, size, end), given)
-    yield f"right {_right(text, end, cuts.word_at)}"
+    yield f"right {_right(text, start, end, cuts.word_at)}"
     yield f"left {_left(text, start, cuts.word_at)}"
     yield from _word_marks(text, start, size, end, cuts)
 
 
-def _head(text: str, start: int, size: int, end: int) -> tuple[str, int]:
-    """The kind of the surname, and how many of the characters after it given names use."""
-    first = text[start]
-    grammar = first in cues("zh_grammar_surnames")
-    kind = "double" if size == 2 else "grammar" if grammar else "word" if first in _rare() else "single"
-    return kind, sum(map(_given().__contains__, text[start + size : end]))
+def _head(text: str, start: int, size: int, end: int) -> tuple[str, int, int]:
+    """The kind of the surname; how many of the characters after it given names use, and use more than words do."""
+    return _kind_of_surname(text[start : start + size]), *_known(text[start + size : end])
 
 
-def _head_marks(kind: str, known: int, given: int) -> tuple[str, ...]:
-    return "bias", f"surname {kind}", f"given {known} of {given}"
+@cache
+def _kind_of_surname(surname: str) -> str:
+    if len(surname) >= 2:
+        return "double" if surname in cues("zh_compound_words") else "compound"
+    if surname in cues("zh_grammar_surnames"):
+        return "grammar"
+    return "word" if surname in _rare() else "common" if surname in _common() else "single"
+
+
+@lru_cache(maxsize=2**15)
+def _known(given: str) -> tuple[int, int]:
+    return sum(map(_given().__contains__, given)), sum(map(_strong().__contains__, given))
+
+
+def _all_strong(given: str) -> bool:
+    return _known(given)[1] == len(given)
+
+
+def _head_marks(kind: str, known: int, strong: int, given: int) -> tuple[str, ...]:
+    return "bias", f"surname {kind}", f"given {known} of {given}", f"{kind} strong {strong} of {given}"
 
 
 def _word_marks(text: str, start: int, size: int, end: int, cuts: Cuts) -> Iterator[str]:
-    if text[start:end] in word_set("zh_words"):
+    if text[start:end] in word_set("zh_words") or text[start:end] in word_set("zh_dictionary"):
         yield "is a word"
-    if size == 1 and text[start : start + 2] in word_set("zh_terms"):
+    if size == 1 and text[start : start + 2] in _term_set():
         yield "begins with a term"
     yield from _cut_marks(start, end, size, cuts)
 
@@ -227,7 +271,7 @@ def _cut_marks(start: int, end: int, size: int, cuts: Cuts) -> list[str]:
     last_start, last, last_tag = cuts.word_at[end - 1]
     kind = "name" if tag.startswith("nr") else "other" if tag in ("x", "eng") else "word"
     if first_start == start and len(first) == end - start:
-        return [f"cut exact {kind}"]
+        return [f"cut exact {kind}{' strong' if _all_strong(first[size:]) else ''}"]
     found = []
     if first_start < start:
         found.append("cut before " + ("name" if tag.startswith("nr") else "word"))
@@ -252,12 +296,31 @@ def _title_points(text: str, start: int, size: int, word_at: list[WordAt]) -> fl
         return -9.0
     word_start, word, _ = word_at[start]
     led = len(title) > 1 and text[max(0, start - 1) : start] in tuple("由请跟找让给叫问")  # 由庞主任接诊
-    if not led and (word_start < start or (len(word) > size and word[size:] != title[: len(word) - size])):
+    if not led and (
+        word_start < start or (len(word) > size and word[size : size + len(title)] != title[: len(word) - size])
+    ):
         return -9.0
     left = "cue" if led else _left(text, start, word_at)
-    if len(title) == 1 and _right(text, start + size + 1, word_at) == "none" and left in ("none", "noun"):
+    if len(title) == 1 and _right(text, start, start + size + 1, word_at) == "none" and left in ("none", "n"):
         return -9.0
     return 4.0 if surname not in _rare() or left in ("cue", "edge") else MIN_POINTS - 1
+
+
+def _familiar(text: str, tagged: list[Token]) -> Iterator[Span]:
+    """The surname of 老张 and 小李, where the dictionary sees no word that begins so and a verb or an edge follows."""
+    if "老" not in text and "小" not in text:
+        return
+    word_at = _cuts(tagged).word_at
+    for match in re.finditer(r"[老小](?=[\u4e00-\u9fff])", text):
+        start = match.end()
+        begin, word, tag = word_at[match.start()]
+        alone = len(word) == 1 or (begin == match.start() and len(word) == 2 and tag[0] == "n")
+        if not alone or text[start] not in _common() or _left(text, match.start(), word_at) in ("none", "n"):
+            continue
+        if tag.startswith("nr") or text[start] not in cues("zh_surname_words"):
+            right = _right(text, start, start + 1, word_at)
+            if right in ("cue", "weak", "edge", "inside", "v", "p", "d", "t", "c", "guess"):
+                yield Span(start, start + 1, "PERSON", 0.72)
 
 
 def _left(text: str, start: int, word_at: list[WordAt]) -> str:
@@ -277,11 +340,11 @@ def _left(text: str, start: int, word_at: list[WordAt]) -> str:
         return "cue" if listed > 3 else "weak"
     if word_start + len(word) > start:
         return "none"
-    return "verb" if tag[0] in "vpctdfyru" else "noun" if tag[0] == "n" else "none"
+    return tag[0] if tag[0] in _TAGS else "none"
 
 
-def _right(text: str, end: int, word_at: list[WordAt]) -> str:
-    """The same for what stands after."""
+def _right(text: str, start: int, end: int, word_at: list[WordAt]) -> str:
+    """The same for what stands after; `guess`: the dictionary's longer name goes on there."""
     char = text[end : end + 1]
     if not "\u4e00" <= char <= "\u9fff" and (not char or NAME_EDGE.match(char)):
         return "edge"
@@ -292,7 +355,9 @@ def _right(text: str, end: int, word_at: list[WordAt]) -> str:
     word_start, _, tag = word_at[end]
     if listed:
         return "cue" if listed > 3 else "weak" if word_start == end else "inside"
-    return "none" if word_start < end else "verb" if tag[0] in "vpctdfyru" else "noun" if tag[0] == "n" else "none"
+    if word_start < end:
+        return "guess" if word_start >= start and tag.startswith("nr") else "none"
+    return tag[0] if tag[0] in _TAGS else "none"
 
 
 def _dotted(text: str) -> Iterator[Span]:

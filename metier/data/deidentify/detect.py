@@ -13,10 +13,12 @@ from functools import lru_cache
 from metier.data.deidentify.addresses import find_addresses
 from metier.data.deidentify.chinese import find_chinese_names
 from metier.data.deidentify.chinese_places import find_organisations, find_places
-from metier.data.deidentify.english import LETTER, companions, find_english
+from metier.data.deidentify.english import companions, find_english, head_after
 from metier.data.deidentify.english_places import find_english_places
+from metier.data.deidentify.english_words import LETTER
 from metier.data.deidentify.lower_case import find_lower_case
 from metier.data.deidentify.models import find_with_models, plausible
+from metier.data.deidentify.odd_names import find_odd_names, with_initials
 from metier.data.deidentify.other_scripts import find_other_scripts
 from metier.data.deidentify.patterns import LABEL, find_patterns
 from metier.data.deidentify.spans import Span, fold, resolve, unfold
@@ -55,7 +57,8 @@ def detect_together(texts: Sequence[str], language: str = "auto", more: Sequence
     for (text, offsets), (spans, protected) in zip(folded, found, strict=True):
         spans = [s for s in spans + _again(text, names) if not any(a <= s.start and s.end <= b for a, b in protected)]
         apart = [s for s in _trimmed(text, resolve(_trimmed(text, spans))) if s.end - s.start > 1 or s.score >= SURE]
-        result.append(unfold(_whole_addresses(text, sorted([*apart, *companions(text, apart)])), offsets))
+        named = resolve(with_initials(text, [*apart, *companions(text, apart)]))
+        result.append(unfold(_whole_addresses(text, named), offsets))
     return result
 
 
@@ -98,13 +101,13 @@ def _read(text: str, zh: bool, en: bool, more: Sequence[str]) -> tuple[list[Span
     marked = find_with_models(text, more, latin=latin) if more else []
     if zh and _HAN.search(text):
         names, terms, cut = find_chinese_names(text)
-        found = [*names, *find_places(text), *find_organisations(text, cut)]
-        found += [s for s in marked if _HAN.search(text, s.start, s.end)]
+        found = [*names, *(s for s in marked if _HAN.search(text, s.start, s.end))]
         spans += [s for s in found if s.score >= 0.9 or not _touches(s, terms)]
+        spans += [s for s in (*find_places(text), *find_organisations(text, cut)) if not _inside(s, terms)]
     if latin:
         words = _NO_WORD.sub(lambda match: "x" * len(match.group()), text)
         found, terms = find_english(words)
-        found += [*find_lower_case(words), *find_english_places(words)]
+        found += [*find_lower_case(words), *find_english_places(words), *find_odd_names(words)]
         found += plausible(text, (s for s in marked if not _HAN.search(text, s.start, s.end)))
         spans += [s for s in found if s.score >= 0.9 or s.entity_type not in NAMED or not _inside(s, terms)]
         spans += find_addresses(words)
@@ -142,13 +145,21 @@ def _sure_names(text: str, spans: list[Span]) -> set[str]:
 def _again(text: str, names: set[str]) -> list[Span]:
     """Where `names` stand in the text; Latin ones as whole words."""
     plain = {name for name in names if name.isalpha() and not _HAN.match(name)}
-    found = [Span(*m.span(), "PERSON", 0.66) for m in _WORD.finditer(text) if m.group() in plain] if plain else []
+    found = (
+        [
+            Span(*m.span(), "PERSON", 0.66)
+            for m in _WORD.finditer(text)
+            if m.group() in plain and not head_after(text, m.end())
+        ]
+        if plain
+        else []
+    )
     for name in sorted(names - plain):
         start = text.find(name)
         while start >= 0:
             end = start + len(name)
             around = text[max(0, start - 1) : start] + text[end : end + 1]
-            if _HAN.match(name) or not any(char.isalpha() for char in around):
+            if _HAN.match(name) or not (any(char.isalpha() for char in around) or head_after(text, end)):
                 found.append(Span(start, end, "PERSON", 0.66))
             start = text.find(name, end)
     return found

@@ -9,13 +9,11 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
-from functools import cache, lru_cache
 
-from metier.data.deidentify.lexicon import alternatives, cues, word_set, words
+from metier.data.deidentify.english_words import CAPITAL, LETTER, kind_of, kinds_of_words, terms
+from metier.data.deidentify.lexicon import cues, word_set
 from metier.data.deidentify.spans import Span
 
-LETTER = "A-Za-z\u00c0-\u02af\u0300-\u036f\u1e00-\u1eff"  # with combining accents
-CAPITAL = "A-Z" + "".join(chr(c) for c in (*range(0xC0, 0x250), *range(0x1E00, 0x1F00)) if chr(c).isupper())
 HAS_CAPITAL = re.compile(f"[{CAPITAL}]")
 WORD = re.compile(rf"(?<![0-9{LETTER}])[{LETTER}]+(?:['-][{LETTER}]+)*(?![0-9{LETTER}])")
 _ORG_MORE = re.compile(r"(?:\.?,? ?(?:& )?(?:Co|KGaA|KG|OHG|OG|GesbR|mbH|Inc|Ltd|LLC|LLP|S\.?A|AG)\b\.?)+")
@@ -28,7 +26,7 @@ _ORG_CUES = re.compile(
     re.IGNORECASE,
 )
 _BEFORE = re.compile(
-    r"(?:\b(?:name is|named|name's|I'm|I am|this is|it's|called|call me|signed|sincerely|regards|cheers|"
+    r"(?:\b(?:pt|name is|named|name's|I'm|I am|this is|it's|called|call me|signed|sincerely|regards|cheers|"
     r"thanks|thank you|thx|best|dear|hi|hello|hey|attn|attention|contact|contact person|patient|client|"
     r"customer|student|teacher|employee|"
     r"nurse|tutor|pupil|coach|trainer|lecturer|trustee|reviewer|signature|present|absent|witnesses|doctor|physician|surgeon|attorney|lawyer|tenant|landlord|guarantor|borrower|beneficiary|"
@@ -51,6 +49,11 @@ COMPANY_FORMS = {
     "sons", "pty", "bv", "nv", "ohg", "mbh", "kg", "co",
 }  # fmt: skip
 SURE_BESIDE = 0.6
+_FAR_HEAD = re.compile(
+    r"(?:[ -][a-z-]+(?:al|ar|ic|ive|ous|ary|oid|age|ray|type|plus|optic)){0,3} (?:[a-z-]*(?:osis|oses|itis|opathy|oma|"
+    r"emia|trophy|plasia|asia|palsy|algia|penia)|syndrome|disease|disorder|deficiency|ataxia|tumou?r|gangrene|complex|"
+    r"atresia)s?\b"
+)
 _ARTICLE = re.compile(r"\b(?:an?|the) $", re.IGNORECASE)
 _DETERMINED = re.compile(
     rf"(?:\b(?i:an?|the|my|your|our|his|her|their|its|this|that|these|no|any|every|each)|[{CAPITAL}][{LETTER}'-]*) $"
@@ -58,7 +61,7 @@ _DETERMINED = re.compile(
 _BESIDE_BEFORE = re.compile(rf"(?<![{LETTER}.-])([A-Z][a-z\u00df-\u02af\u1e00-\u1eff'-]+)(?:,? and| or| &) $")
 _BESIDE_AFTER = re.compile(rf"(?:,? and| or| &) ([A-Z][a-z\u00df-\u02af\u1e00-\u1eff'-]+)(?![{LETTER}-]| [A-Z])")
 _AFTER = re.compile(
-    r"(?:'s (?:mother|father|wife|husband|son|daughter|account|email|address|phone|number|report|birthday|"
+    r"(?: et al\b|'s (?:mother|father|wife|husband|son|daughter|account|email|address|phone|number|report|birthday|"
     r"house|card|office|file|record|records|name|case|order|request|new|old|car)\b|,? (?:said|says|wrote|"
     r"writes|told|asked|asks|called|called|emailed|replied|added|lives|lived|works|worked|was born|is a|"
     r"was a|has been|is my|is the|and I|will be|would like|wants|needs|went|came|reported|complain|"
@@ -68,36 +71,6 @@ _AFTER = re.compile(
     r"MD|M\.D|PhD|RN|Jr|Sr|Esq|III|II)\b|"
     r",? (?:born|aged|age|\d{1,3} years?|DOB|SSN|MRN)\b)"
 )
-
-
-@cache
-def kinds_of_words() -> dict[str, str]:
-    """Each known word's kind: f first name, l last name, b both a word and a name, w word, c city, m medicine's."""
-    kinds = dict.fromkeys(word_set("en_medical"), "m")
-    kinds |= dict.fromkeys((w for w in words("en_cities") if " " not in w), "c")
-    kinds |= dict.fromkeys(words("en_words"), "w")
-    kinds |= dict.fromkeys(words("en_last"), "l")
-    kinds |= dict.fromkeys(words("en_first"), "f")
-    kinds |= dict.fromkeys(words("en_both"), "b")
-    kinds |= {w: "b" for w in words("en_eponyms") if kinds.get(w, "?") in "l?"}
-    nations = [
-        name.lower()
-        for name in (*words("en_countries"), *words("en_nationalities"))
-        if " " not in name and len(name) > 4
-    ]
-    kinds |= dict.fromkeys((name for name in nations if kinds.get(name) != "f"), "w")
-    return kinds | dict.fromkeys(cues("en_no_names"), "w")
-
-
-@cache
-def _word_ends() -> tuple[str, ...]:
-    return tuple(sorted(cues("en_word_ends")))
-
-
-@cache
-def terms() -> re.Pattern[str]:
-    """The terms of the fields, which are never names."""
-    return re.compile(rf"(?<![{LETTER}]){alternatives(words('en_terms'))}(?![{LETTER}])")
 
 
 Run = list[re.Match[str]]
@@ -168,34 +141,6 @@ def _closed(run: Run) -> Iterator[Run]:
         yield run
 
 
-@lru_cache(maxsize=2**15)
-def kind_of(word: str) -> str:
-    """The kind of a capitalised word; `?` is unknown, `i` an initial, `t` a title."""
-    low = word.lower()
-    if len(word) == 1:
-        return "w" if word in "AI" else "i"
-    if low in cues("en_titles"):
-        return "t"
-    kind = kinds_of_words().get(low)
-    if word.isupper():
-        return "b" if kind in ("f", "l", "b") else "w"
-    if kind:
-        return kind
-    if re.search("[a-z][A-Z]", word) and not re.match("Mc|Mac|De|Di|La|Le|Van|Von|O'|D'|Fitz", word):
-        return "w"  # MedlinePlus, IgM
-    if low.endswith("'s"):
-        return kind_of(word[:-2])
-    if low.isascii() and low.endswith(_word_ends()):
-        return "w"
-    if "-" in word:
-        parts = [kind_of(part) for part in word.split("-") if part]
-        return "w" if "w" in parts or "m" in parts else "l" if "l" in parts or "f" in parts else "?"
-    for suffix in ("s", "es", "ing", "ed", "ly", "er", "ers"):
-        if low.endswith(suffix) and kinds_of_words().get(low[: -len(suffix)]) in ("w", "m"):
-            return "w"
-    return "?"
-
-
 def _kind_in(text: str, word: re.Match[str], shouting: bool) -> str:
     token = word.group()
     if len(token) == 1 and text[word.end() : word.end() + 1] == ".":
@@ -262,7 +207,9 @@ def _titled(text: str, run: Run, kinds: list[str], i: int) -> Iterator[Span]:
     last = i
     if run[i + 1 : i + 2] and run[i + 1].group()[0].islower() and not _is_particle(run, i + 1):
         return  # Mr and Mrs
-    while last + 1 < len(run) and last - i < 3 and (kinds[last + 1] != "w" or last == i) and kinds[last + 1] != "m":
+    while last + 1 < len(run) and last - i < 3 and (kinds[last + 1] not in "wm" or last == i):
+        if kinds[last + 1] == "m" and run[last + 1].group().lower() in kinds_of_words():
+            break
         last += 1
     if kinds[min(last, len(run) - 1)] in ("t",) or last == i:
         return
@@ -281,6 +228,8 @@ def _capital_for_show(text: str, word: re.Match[str]) -> bool:
 def _names_in(text: str, run: Run, kinds: list[str], shouting: bool, calm: bool) -> Iterator[Span]:
     """Names in a run: stretches of name-like words, judged by their kinds and by what stands around them."""
     i = 0
+    if len(run) > 1 and "f" not in kinds and head_after(text, run[-1].end()) and not cued(text, run[0].start()):
+        return  # Lopes Gorlin syndrome
     while i < len(run):
         if kinds[i] not in "flb?ci":
             i += 1
@@ -367,11 +316,18 @@ def cued(text: str, start: int) -> bool:
     return _BEFORE.search(before) is not None and not _WEAK.search(before)
 
 
+def said_after(text: str, end: int) -> bool:
+    """Whether what people say and have stands at `end`: called, 's account."""
+    return _AFTER.match(text, end) is not None
+
+
 def head_after(text: str, end: int) -> bool:
     """Whether what an eponym is followed by stands at `end`: disease, score."""
     if text[end - 2 : end] in ("'s", "'S") and _AFTER.match(text, end - 2):
         return False  # Lopez's number
     follow = re.match(rf"('s|s')?[ -]([{LETTER}]+)", text[end : end + 40])
+    if _FAR_HEAD.match(text, end):  # Fukuyama congenital muscular dystrophy
+        return True
     if follow is None or follow.group(2).lower() not in cues("en_heads"):
         return False
     owned = follow.group(1) or text[end - 2 : end] in ("'s", "'S")

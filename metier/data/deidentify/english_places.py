@@ -9,7 +9,8 @@ import re
 from collections.abc import Iterator
 from functools import cache
 
-from metier.data.deidentify.english import CAPITAL, HAS_CAPITAL, LETTER, kind_of, kinds_of_words
+from metier.data.deidentify.english import HAS_CAPITAL
+from metier.data.deidentify.english_words import CAPITAL, LETTER, kind_of, kinds_of_words
 from metier.data.deidentify.lexicon import alternatives, cues, words
 from metier.data.deidentify.spans import Span
 

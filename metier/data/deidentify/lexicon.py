@@ -25,6 +25,17 @@ def word_set(name: str) -> frozenset[str]:
 
 
 @cache
+def glossary(language: str) -> frozenset[str]:
+    """The terms of the domains' packs."""
+    found: set[str] = set()
+    for entry in resources.files("metier.domains").iterdir():
+        if entry.name.endswith(".yaml"):
+            pack = yaml.safe_load(entry.read_text(encoding="utf-8"))
+            found.update(term for names in pack["terms"] for term in names.get(language, ()))
+    return frozenset(found)
+
+
+@cache
 def cues(name: str) -> frozenset[str]:
     """A list of cues.yaml."""
     lists: dict[str, str] = yaml.safe_load(

@@ -11,7 +11,8 @@ import re
 import unicodedata
 from collections.abc import Iterator
 
-from metier.data.deidentify.english import LETTER, WORD, cued, head_after, kind_of, kinds_of_words, without_s
+from metier.data.deidentify.english import WORD, cued, head_after, without_s
+from metier.data.deidentify.english_words import LETTER, kind_of, kinds_of_words
 from metier.data.deidentify.lexicon import cues
 from metier.data.deidentify.spans import Span
 

@@ -11,16 +11,8 @@ import re
 from collections.abc import Iterable, Iterator, Sequence
 from functools import cache
 
-from metier.data.deidentify.english import (
-    CAPITAL,
-    HAS_CAPITAL,
-    LETTER,
-    WORD,
-    head_after,
-    kind_of,
-    starts_sentence,
-    terms,
-)
+from metier.data.deidentify.english import HAS_CAPITAL, WORD, head_after, said_after, starts_sentence
+from metier.data.deidentify.english_words import CAPITAL, LETTER, kind_of, terms
 from metier.data.deidentify.gliner import check_gliner, find_gliner
 from metier.data.deidentify.lexicon import cues, word_set
 from metier.data.deidentify.presidio import check_presidio, find_presidio
@@ -31,6 +23,7 @@ from metier.errors import RecipeError, did_you_mean
 MODELS = ("rampart", "presidio", "gliner")
 EVERYDAY = 0.3  # how sure of a name that is a word: Nils, April
 FIRST_WORD = 0.55  # and that begins a sentence
+SURE_FIRST = 0.97  # and has a small word behind it that is none of what people do: Abnormal findings
 NAMES = {"PERSON", "LOCATION", "ORGANIZATION"}
 _BEFORE_ADDRESS = re.compile(r"(?:(?i:no)\.? ?)?\d[\d/-]{0,8}[A-Za-z]?,? $")
 _AFTER_ADDRESS = re.compile(
@@ -40,6 +33,13 @@ _AFTER_ADDRESS = re.compile(
 _BEFORE_TOWN = re.compile(
     r"\b(?:north|south|east|west|new|port|lake|saint|st\.?|mount|fort|san|santa|el|los|las) $", re.IGNORECASE
 )
+_LOWER_NEXT = re.compile(r" [a-z]+\b")
+_LEVEL = re.compile(
+    r"(?:[a-z -]*\b(?:level|type|grade|stage|class|phase|chapter|page|step|lesson|part|version|day|week|month)s? ?)?"
+    r"(?:\d{1,3}[A-Za-z]?|[IVX]+)|\d+(?:st|nd|rd|th)",
+)
+_DIGITS = {"LICENSE": 4, "PASSPORT": 4, "BANK_ACCOUNT": 4, "UNIQUE_ID": 3, "ZIP_CODE": 2, "PHONE_NUMBER": 5}
+_YEAR = re.compile(r"(?:\S* )?\b(?i:in|since|of|until|before|after) (?:19|20)\d\d")
 _NUMBER_CUE = re.compile(
     r"(?:\b(?:no|nos|number|numbers|house|home|apartment|apt|flat|building|unit|suite|room|box|at|door)\b[.:#]? ?|#)$",
     re.IGNORECASE,
@@ -88,6 +88,8 @@ def plausible(text: str, words: Iterable[Span]) -> list[Span]:
     spans = [_grown(text, span) for span in _joined(text, kept)]
     if mixed:
         spans = [s for s in spans if s.entity_type != "ADDRESS" or not _everyday(text[s.start : s.end])]
+    spans = [s for s in spans if not _no_address(text, s)]
+    spans = [s for s in spans if _has_form(text[s.start : s.end], s.entity_type)]
     return [s for s in spans if _may_be(text, s) and (not _is_number(text, s) or _beside_street(text, s, spans))]
 
 
@@ -97,7 +99,7 @@ def _needed(text: str, word: Span, mixed: bool) -> float:
     if not value[:1].isalpha() or word.entity_type not in NAMES | {"ADDRESS"}:
         return 0.0
     low = value.lower()
-    if low in cues("en_greetings"):
+    if low in cues("en_greetings") or low in cues("en_labels"):
         return 2.0
     kind = kind_of(value.title() if value.islower() else value)
     known = kind in "wmt" or low in cues("en_function")
@@ -107,9 +109,11 @@ def _needed(text: str, word: Span, mixed: bool) -> float:
         if word.entity_type == "ADDRESS":
             return 2.0 if low in cues("en_function") else 0.0
         if mixed:
-            return 0.97 if known else 0.9 if kind == "b" else 0.7
+            return 2.0 if known else 0.9 if kind == "b" else 0.7
         return 0.8 if known else 0.3 if kind == "b" else 0.2
     if starts_sentence(text, word.start):
+        if known and _LOWER_NEXT.match(text, word.end) and not said_after(text, word.end):
+            return SURE_FIRST
         return FIRST_WORD if known else 0.35 if kind == "b" else 0.0
     return EVERYDAY if known and kind != "b" else 0.0
 
@@ -162,7 +166,30 @@ def _may_be(text: str, span: Span) -> bool:
 
 def _everyday(value: str) -> bool:
     """Whether all of an address are everyday words in lower case, which is none in a text with capitals."""
-    return all(word.islower() and kind_of(word.title()) == "w" for word in value.split())
+    return all(word in ("NOS", "NEC") or (word.islower() and kind_of(word.title()) in "wm") for word in value.split())
+
+
+def _has_form(value: str, entity_type: str) -> bool:
+    """Whether a number has the digits, and an address of the net the dot, that its type must have."""
+    if entity_type == "URL":
+        return "." in value or "://" in value
+    if entity_type == "ZIP_CODE" and len(value) < 4:
+        return False
+    return sum(char.isdigit() for char in value) >= _DIGITS.get(entity_type, 0)
+
+
+def _no_address(text: str, span: Span) -> bool:
+    """Whether a supposed part of an address is a year behind `in`, or labels and small words alone: NAME, where."""
+    if span.entity_type not in ("ADDRESS", "ZIP_CODE", "LOCATION"):
+        return False
+    value = text[span.start : span.end]
+    if _YEAR.fullmatch(text, max(0, span.start - 7), span.end) or _YEAR.fullmatch(value):
+        return True
+    if span.entity_type == "ADDRESS" and _LEVEL.fullmatch(value) and not value.isdigit():
+        return True
+    words = [word.lower() for word in WORD.findall(value)]
+    small = cues("en_labels") | cues("en_function") | cues("en_titles") | cues("en_scraps")
+    return bool(words) and not any(char.isdigit() for char in value) and all(word in small for word in words)
 
 
 def _is_number(text: str, span: Span) -> bool:
@@ -171,8 +198,10 @@ def _is_number(text: str, span: Span) -> bool:
 
 def _beside_street(text: str, span: Span, spans: list[Span]) -> bool:
     """Whether a number has a part of an address, a capital or a word such as `house` beside it."""
-    if any(s is not span and s.start - 4 <= span.end and span.start <= s.end + 4 for s in spans):
-        return True
+    for other in spans:
+        gap = 2 if other.entity_type == "PERSON" else 4
+        if other is not span and other.start - gap <= span.end and span.start <= other.end + gap:
+            return True
     return _NUMBER_CUE.search(text[max(0, span.start - 12) : span.start]) is not None or (
         re.match(rf"[ ,]{{1,2}}[{CAPITAL}][{LETTER}]", text[span.end :]) is not None
     )

@@ -214,3 +214,61 @@ def test_a_surname_before_a_title_is_found_behind_a_preposition() -> None:
 def test_a_word_that_may_be_a_name_is_one_where_no_word_has_a_capital_for_show() -> None:
     assert _found("The sample was mixed up with Snow.") == ["Snow"]
     assert _found("How can it be that my Card is blocked? Is the Church open?") == []
+
+
+@pytest.mark.parametrize(
+    ("text", "name"),
+    [
+        ("昨天给欧阳桂香转了500元", "欧阳桂香"),
+        ("我刚给薛宁转了两千,备注写错了。", "薛宁"),
+        ("放射科李畅读片", "李畅"),
+        ("老刘昨天住院了", "刘"),
+        ("2床刘建华昨夜睡眠差。", "刘建华"),
+    ],
+)
+def test_a_chinese_name_between_a_plain_word_and_a_verb_is_found(text: str, name: str) -> None:
+    assert _found(text, "PERSON") == [name]
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["请给余额不足的客户转人工服务。", "由公司和社会组织协商,应当公正。", "老龄化与小马过河。", "上官网查询余额。"],
+)
+def test_a_surname_s_character_in_everyday_words_is_no_name(text: str) -> None:
+    assert _found(text, "PERSON") == []
+
+
+@pytest.mark.parametrize(
+    ("text", "name"),
+    [
+        ("April Wood called about her bill.", "April Wood"),
+        ("I met May Chen yesterday.", "May Chen"),
+        ("Contact: JohnSmith", "JohnSmith"),
+        ("Reviewed by HeatherPace on Monday", "HeatherPace"),
+        ("Attending: G. K. Rowe; resident: absent", "G. K. Rowe"),
+        ("Wood et al. filed the suit.", "Wood"),
+        ("Sarah: where are you", "Sarah"),
+    ],
+)
+def test_a_name_that_is_written_oddly_is_found_whole(text: str, name: str) -> None:
+    assert [found for found in _found(text, "PERSON") if found == name] == [name]
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "In April rain is common; May we close it? June is warm. The May statement differs.",
+        "JavaScript, GitHub, PayPal, MedlinePlus, LaTeX and AstraZeneca.",
+        "Fukuyama congenital muscular dystrophy, Duane-radial ray syndrome and Leber hereditary optic neuropathy.",
+        "Take Xarelto, Eliquis or Humira; NSAIDs, E-cadherin and low-dose Plaquenil. Don't stop.",
+        "Trisomy 21 may be inherited; vitamin C. Hypertelorism and Ventriculomegaly.",
+        "银行业监督管理机构与小学生,管制与仲裁。",
+    ],
+)
+def test_what_only_looks_like_a_name_is_left_alone(text: str) -> None:
+    assert _found(text, "PERSON", "ORGANIZATION", "DATE", "LOCATION") == []
+
+
+def test_an_eponym_stays_where_its_discoverer_is_named() -> None:
+    text = "Named after James Paget. Most people with Paget disease feel nothing."
+    assert _found(text, "PERSON") == ["James Paget"]

@@ -36,3 +36,9 @@ def test_a_number_alone_is_no_part_of_an_address() -> None:
 def test_a_country_is_no_name_and_a_hyphened_name_is_whole() -> None:
     assert _kept("He moved to Austria.", ("Austria", "LOCATION", 1.0)) == []
     assert whole_words("by Flores-Kidd.", 3, 6) == (3, 14)
+
+
+def test_levels_labels_and_numbers_without_digits_are_no_addresses_or_identifiers() -> None:
+    assert _kept("Lesion of the cord level 3", ("level", "ADDRESS", 0.9), ("3", "ADDRESS", 0.9)) == []
+    assert _kept("Calculous Pyelonephritis", ("Pyelonephritis", "LICENSE", 0.9)) == []
+    assert _kept("NAME Michael Wang", ("NAME", "ADDRESS", 0.9), ("Michael", "PERSON", 0.9)) == ["Michael"]
