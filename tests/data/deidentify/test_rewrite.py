@@ -219,3 +219,9 @@ def test_every_policy_says_its_classes_in_both_languages() -> None:
             texts = {language: entry.get(f"what_{language}", entry["what"]) for language in ("en", "zh")}
             assert texts["en"].isascii() and not texts["zh"].isascii(), (name, entry["letter"])
         assert {"en", "zh"} - set(policy.law_in), "the law itself is in one of them"
+
+
+def test_the_pieces_of_a_joined_name_get_one_stand_in() -> None:
+    text = "<name>Sarah MartinezAnne Lopez</name>"
+    once = metier.deidentify([text], policy="gdpr-pseudonymised")[0][0]
+    assert metier.deidentify([once], policy="gdpr-pseudonymised")[0][0] == once
