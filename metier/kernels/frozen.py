@@ -175,13 +175,18 @@ def _dequantise_into(out: torch.Tensor, part: nf4.Nf4, scales: torch.Tensor | No
 FrozenWeight = DenseWeight | Fp8Weight | Nf4Weight
 
 
-def freeze(weight: torch.Tensor, storage: Storage, *, eats_fp8: bool = True) -> FrozenWeight:
-    """`weight` [O, I] as it is to be kept; `eats_fp8` says whether the device multiplies e4m3 (for nf4)."""
+def freeze(
+    weight: torch.Tensor, storage: Storage, *, eats_fp8: bool = True, factors: list[torch.Tensor] | None = None
+) -> FrozenWeight:  # fmt: skip
+    """`weight` [O, I] as it is to be kept; `eats_fp8` says whether the device multiplies e4m3 (for nf4).
+
+    `factors` are what nf4 rounds by, where its inputs are known (`metier.kernels.feedback`).
+    """
     if storage == "fp8":
         quantised, scale = quantise_rows(weight)
         return Fp8Weight(quantised, scale[:, 0].contiguous())
     if storage == "nf4":
-        part = nf4.quantise_nf4(weight)
+        part = nf4.quantise_nf4(weight, factors)
         scales = nf4.row_scales(nf4.block_magnitudes(part)) if eats_fp8 else None
         return Nf4Weight((part,), weight.dtype, scales)
     return DenseWeight(weight)

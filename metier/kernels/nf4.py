@@ -13,6 +13,7 @@ from dataclasses import dataclass
 
 import torch
 
+from metier.kernels.feedback import made_up
 from metier.kernels.reference import FP8_MAX, SCALE_FLOOR
 
 BLOCK = 64
@@ -67,27 +68,45 @@ def _nearest(x: torch.Tensor, table: torch.Tensor) -> torch.Tensor:
     return torch.bucketize(x, middles).to(torch.uint8)
 
 
-def quantise_nf4(weight: torch.Tensor) -> Nf4:
-    """weight [N, K] of any float dtype, K a multiple of 64 -> `Nf4` on its device, a slice of rows at a time."""
+def quantise_nf4(weight: torch.Tensor, factors: list[torch.Tensor] | None = None) -> Nf4:
+    """weight [N, K] of any float dtype, K a multiple of 64 -> `Nf4` on its device, a slice of rows at a time.
+
+    With `factors` (`feedback_factors` of its inputs) the magnitudes are the same, and errors in the products smaller.
+    """
     num_rows, num_cols = weight.shape
-    device = weight.device
-    packed = torch.empty(num_rows, num_cols // 2, dtype=torch.uint8, device=device)
-    absmax = torch.empty(num_rows * num_cols // BLOCK, device=device)
     step = max(1, (1 << 24) // num_cols)
+    absmax = torch.cat([rows.float().view(-1, BLOCK).abs().amax(1) for rows in torch.split(weight, step)])
+    packed = torch.empty(num_rows, num_cols // 2, dtype=torch.uint8, device=weight.device)
+    found = Nf4(packed, *_store(absmax))
+    magnitudes = absmax.view(num_rows, -1)
+    if factors is not None:
+        magnitudes = block_magnitudes(found).clamp(min=0)
+        weight = made_up(weight, factors, lambda target, group: _rounded(target, magnitudes[:, group, None]))
     for start in range(0, num_rows, step):
-        blocks = weight[start : start + step].float().view(-1, BLOCK)
-        largest = blocks.abs().amax(1)
-        absmax[start * num_cols // BLOCK :][: len(largest)] = largest
-        index = _nearest(blocks / largest.clamp(min=SCALE_FLOOR)[:, None], code_table(device))
-        index = index.view(-1, num_cols)
+        blocks = weight[start : start + step].float().view(-1, num_cols // BLOCK, BLOCK)
+        index = _indices(blocks, magnitudes[start : start + step, :, None]).flatten(1)
         packed[start : start + step] = (index[:, ::2] << 4) | index[:, 1::2]
+    return found
+
+
+def _indices(values: torch.Tensor, magnitudes: torch.Tensor) -> torch.Tensor:
+    return _nearest(values / magnitudes.clamp(min=SCALE_FLOOR), code_table(values.device))
+
+
+def _rounded(values: torch.Tensor, magnitudes: torch.Tensor) -> torch.Tensor:
+    return code_table(values.device)[_indices(values, magnitudes).long()] * magnitudes
+
+
+def _store(absmax: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Magnitudes, one a block -> their codes, the codes' scales and the offset, as in `Nf4`."""
     offset = absmax.mean()
     centred = absmax - offset
     pad = -len(centred) % ABSMAX_BLOCK
     groups = torch.nn.functional.pad(centred, (0, pad)).view(-1, ABSMAX_BLOCK)
     scale = groups.abs().amax(1)
-    codes = _nearest(groups / scale.clamp(min=SCALE_FLOOR)[:, None], scale_code(device)).flatten()[: len(centred)]
-    return Nf4(packed, codes, scale, offset)
+    table = scale_code(absmax.device)
+    codes = _nearest(groups / scale.clamp(min=SCALE_FLOOR)[:, None], table).flatten()[: len(centred)]
+    return codes, scale, offset
 
 
 def block_magnitudes(weight: Nf4) -> torch.Tensor:

@@ -30,9 +30,11 @@ from metier.errors import ModelError, RunError
 from metier.kernels.frozen import Storage
 from metier.model import weights
 from metier.model.embedded import Progress, say
+from metier.model.fused import is_fused_architecture
 from metier.model.gguf_header import read_header
 from metier.model.quantise import check_storage, quantise_linear, quantise_linears, quantise_model
 from metier.model.resolve import base_digest, first_line, read_json, resolve_base
+from metier.model.rounding import Rounding, rounding_ids
 from metier.model.shards import Shards, shards_of
 from metier.model.template_check import check_template
 
@@ -98,7 +100,7 @@ def load_base(
         tokenizer = load_tokenizer(path)
         if isinstance(tokenizer.chat_template, str):
             check_template(tokenizer.chat_template)
-        model = _load_model(path, dtype, device, storage, progress, shared=shared)
+        model = _load_model(path, tokenizer, dtype, device, storage, progress, shared=shared)
     top = max(tokenizer.get_vocab().values())
     rows = model.get_input_embeddings().num_embeddings
     if top >= rows:
@@ -309,10 +311,11 @@ def _first_not_finite(model: Any) -> str | None:
 
 
 def _load_model(
-    path: Path, dtype: torch.dtype, device: torch.device, storage: Storage, progress: Progress, *, shared: bool
+    path: Path, tokenizer: Any, dtype: torch.dtype, device: torch.device, storage: Storage, progress: Progress, *,
+    shared: bool,
 ) -> Any:  # fmt: skip
     try:
-        model, unexpected, missing = _load_weights(path, dtype, device, storage, shared=shared)
+        model, unexpected, missing = _load_weights(path, tokenizer, dtype, device, storage, shared=shared)
     except torch.OutOfMemoryError as error:
         raise ModelError(
             f"`{path}` does not fit into the memory of {torch.cuda.get_device_name(device)}",
@@ -335,11 +338,12 @@ def _load_model(
 
 
 def _load_weights(
-    path: Path, dtype: torch.dtype, device: torch.device, storage: Storage, *, shared: bool
+    path: Path, tokenizer: Any, dtype: torch.dtype, device: torch.device, storage: Storage, *, shared: bool
 ) -> tuple[Any, list[str], list[str]]:
     """The model, the names in the checkpoint that it has no use for, and those that it misses.
 
-    Each linear layer but the head is quantised as soon as it is on the device: the model never exists in full.
+    Each linear layer but the head is quantised as soon as it, or for NF4 its decoder layer, is on the device: the model
+    never exists in full.
     """
     config = _hf.AutoConfig.from_pretrained(path, trust_remote_code=False, local_files_only=True)
     model, names = empty_model(config, dtype), weights.shard_names(path)
@@ -349,9 +353,13 @@ def _load_weights(
         def quantised(name: str, linear: nn.Linear) -> nn.Module | None:
             return None if linear is head else quantise_linear(linear, storage)
 
-        replace = None if storage == "dense" else quantised
-        placed = Shards(model).placed if shared else None
-        unused = weights.fill(model, names, dtype=dtype, device=device, replace=replace, placed=placed)
+        replace, hears = None if storage == "dense" else quantised, []
+        if storage == "nf4" and is_fused_architecture(model.config.get_text_config()):
+            replace = None
+            hears.append(Rounding(model, rounding_ids(tokenizer, model.get_input_embeddings().num_embeddings)).placed)
+        if shared:
+            hears.append(Shards(model).placed)
+        unused = weights.fill(model, names, dtype=dtype, device=device, replace=replace, placed=hears)
         if (path / "generation_config.json").is_file():
             model.generation_config = _hf.GenerationConfig.from_pretrained(path)
         return model, unused, []

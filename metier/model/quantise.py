@@ -59,8 +59,10 @@ class FrozenLinear(nn.Linear):
         return f"in_features={self.in_features}, out_features={self.out_features}, {type(self.frozen).__name__}"
 
 
-def quantise_linear(linear: nn.Linear, storage: Storage) -> nn.Module:
+def quantise_linear(linear: nn.Linear, storage: Storage, factors: list[torch.Tensor] | None = None) -> nn.Module:
     """`linear`, its weight already on the device, with that weight in `storage`; on a GPU `linear` itself loses it.
+
+    `factors` of its inputs (`metier.kernels.feedback`) let nf4's errors make up for each other.
 
     A layer whose sizes the format does not take (fp8: multiples of 16; nf4: inputs in multiples of 64) stays as it is.
     """
@@ -72,7 +74,7 @@ def quantise_linear(linear: nn.Linear, storage: Storage) -> nn.Module:
     # By way of the host, and back when the weight itself is free, so that nothing leaves holes between the frozen ones:
     # they were 4.6 GiB for LLaMA-2-7B in NF4, which no CUDA graph could use.
     device, dtype = weight.device, weight.dtype
-    frozen = moved(freeze(weight, storage, eats_fp8=eats_fp8), torch.device("cpu"))
+    frozen = moved(freeze(weight, storage, eats_fp8=eats_fp8, factors=factors), torch.device("cpu"))
     if device.type == "cuda":
         linear.register_parameter("weight", None)
         del weight

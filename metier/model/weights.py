@@ -11,6 +11,7 @@ which knows every old spelling, does the work.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -61,19 +62,23 @@ def fill(
     dtype: torch.dtype,
     device: torch.device,
     replace: Replace | None = None,
-    placed: Callable[[str], None] | None = None,
+    placed: Iterable[Callable[[str], None]] = (),
 ) -> list[str]:
     """Loads every parameter of `model` (all on the meta device) from `names`; returns the names that it had no use for.
 
-    `placed` is told of each parameter once it is where it stays. Parameters that are one (tied embeddings) stay one.
-    Buffers are moved to `device` as they are. Raises what safetensors raises for a damaged file, and
-    `torch.OutOfMemoryError`.
+    They are loaded in the model's own order, layer after layer. Each of `placed` is told of each parameter once it is
+    where it stays. Parameters that are one (tied embeddings) stay one. Buffers go to `device` first, as they are.
+    Raises what safetensors raises for a damaged file, and `torch.OutOfMemoryError`.
     """
+    for module in model.modules():
+        for key, buffer in list(module.named_buffers(recurse=False)):
+            module.register_buffer(key, buffer.to(device), persistent=key not in module._non_persistent_buffers_set)
     places = _places(model)
+    order = {name: place for place, name in enumerate(places)}
     unused = []
-    for file in sorted(set(names.values())):
+    for file, run in groupby(sorted(names, key=lambda name: order.get(name, -1)), key=names.__getitem__):
         with safe_open(file, framework="pt") as tensors:
-            for name in (n for n, at in names.items() if at == file):
+            for name in run:
                 if name not in places:
                     unused.append(name)
                     continue
@@ -83,11 +88,8 @@ def fill(
                 del weight  # which `replace` may free
                 if replace:
                     _replace(model, [(module, owner) for module, _, owner in places[name]], replace)
-                if placed:
-                    placed(name)
-    for module in model.modules():
-        for key, buffer in list(module.named_buffers(recurse=False)):
-            module.register_buffer(key, buffer.to(device), persistent=key not in module._non_persistent_buffers_set)
+                for hear in placed:
+                    hear(name)
     return unused
 
 
