@@ -1,7 +1,7 @@
 """`metier prepare` on mixed records, all steps: seconds, memory, the same bytes whoever works and whatever stops it.
 
     python benchmarks/bench_prepare.py --records 100000 --workers 1 2 [--kills 20]
-    python benchmarks/bench_prepare.py --jsonl 1000 --workers 2
+    python benchmarks/bench_prepare.py --jsonl 200 1000 --chars 912 --workers 2
 
 Records: half English (60 words from the bundled ICD-10-CM terms), half Chinese (106 characters from the bundled
 articles of law), in a CSV and a JSONL file, with a label, a person and 5 % near-duplicates; 1 % of the rows are broken,
@@ -10,8 +10,8 @@ de-identification by rules (hipaa-safe-harbor), copies, near-duplicates, groups 
 oversampling, variants of two methods, domain terms, certificate. Each measurement is a run of the command line; MB is
 the largest sum over its processes, shared pages counted once (PSS).
 
-`--jsonl MB`: one JSON Lines file of so many MB (2,000 English characters a record), read alone in a process that keeps
-nothing, and prepared whole with cleaning, duplicates and certificate, without de-identification.
+`--jsonl MB`: one JSON Lines file of so many MB (`--chars` English characters a record), read alone in a process that
+keeps nothing, and prepared whole with cleaning, duplicates and certificate, without de-identification.
 """
 
 from __future__ import annotations
@@ -84,12 +84,12 @@ print(sum(1 for _ in read_rows(source)))
 """
 
 
-def write_jsonl(folder: Path, size: int) -> Path:
+def write_jsonl(folder: Path, size: int, chars: int) -> Path:
     """A file of `size` bytes and its recipe."""
     rng, stock, written = random.Random(0), bench_dedup.words_of("en"), 0
     with (folder / "long.jsonl").open("w", encoding="utf-8") as file:
         while written < size:
-            text = " ".join(rng.choices(stock, k=300))[:2000]
+            text = " ".join(rng.choices(stock, k=300))[:chars]
             row = {"question": text, "answer": " ".join(rng.choices(stock, k=4)), "case": f"c{rng.randrange(10**6)}"}
             written += file.write(json.dumps(row) + "\n")
     recipe = folder / "jsonl.yaml"
@@ -100,12 +100,11 @@ def write_jsonl(folder: Path, size: int) -> Path:
     return recipe
 
 
-def stream(folder: Path, megabytes: int, workers: int) -> None:
+def stream(folder: Path, megabytes: int, chars: int, workers: int) -> None:
     """Prints what reading the file alone, and preparing it, costs."""
-    recipe = write_jsonl(folder, megabytes * 10**6)
+    recipe = write_jsonl(folder, megabytes * 10**6, chars)
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     read = [sys.executable, "-c", READ, str(folder / "long.jsonl")]
-    print("| | MB of the file | wall s | CPU s | peak MB |\n|---|---:|---:|---:|---:|")
     for what, begin in (
         ("columns and rows read, nothing kept", lambda: subprocess.Popen(read, env=environment)),
         (f"`metier prepare`, {workers} workers", lambda: start(recipe, folder / "run", workers)),
@@ -192,11 +191,15 @@ def main() -> None:
     parser.add_argument("--records", type=int, default=100_000)
     parser.add_argument("--workers", type=int, nargs="+", default=[1, 2])
     parser.add_argument("--kills", type=int, default=0)
-    parser.add_argument("--jsonl", type=int, default=0, metavar="MB")
+    parser.add_argument("--jsonl", type=int, nargs="+", default=[], metavar="MB")
+    parser.add_argument("--chars", type=int, default=2000)
     arguments = parser.parse_args()
     if arguments.jsonl:
+        print("| | MB of the file | wall s | CPU s | peak MB |\n|---|---:|---:|---:|---:|", flush=True)
+    for size in arguments.jsonl:
         with tempfile.TemporaryDirectory() as temporary:
-            stream(Path(temporary), arguments.jsonl, arguments.workers[-1])
+            stream(Path(temporary), size, arguments.chars, arguments.workers[-1])
+    if arguments.jsonl:
         return
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)

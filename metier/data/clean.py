@@ -41,7 +41,7 @@ class Places:
     def add(self, record: Record) -> None:
         self.count += 1
         if len(self.first) < EXAMPLES:
-            self.first.append(f"{record.source.name}:{record.row.number}")
+            self.first.append(f"{record.source.name}:{record.row_number}")
 
 
 @dataclass
@@ -103,7 +103,8 @@ def clean_record(record: Record, config: CleanConfig) -> tuple[Record, set[str]]
     """The record with tidy messages, and the rules that changed it or found something. Raises `Rejected`."""
     rules: set[str] = set()
     messages: list[Message] = []
-    for message in record.messages:
+    given = record.messages
+    for message in given:
         content = message["content"]
         edits = find_edits(content, config)
         rules.update(edit.rule for edit in edits)
@@ -116,7 +117,7 @@ def clean_record(record: Record, config: CleanConfig) -> tuple[Record, set[str]]
         if edits and message["role"] != "text":
             text = text.strip()
         if not text.strip():
-            raise Rejected(f"{'answer' if message is record.messages[-1] else 'prompt'} is empty after cleaning")
+            raise Rejected(f"{'answer' if message is given[-1] else 'prompt'} is empty after cleaning")
         if not config.html and holds_html(text):
             rules.add("html")
         messages.append({**message, "content": text})

@@ -32,13 +32,13 @@ from metier.data.canaries import canaries_table, planted
 from metier.data.card import data_card
 from metier.data.clean import contradictions
 from metier.data.croissant import croissant
-from metier.data.dedup import Comparison, find_pairs, join_groups, merge_exact, merge_near
+from metier.data.dedup import Comparison, Merged, find_pairs, join_groups, merge_exact, merge_near
 from metier.data.deidentify.records import open_privacy, policy_key, review_lines
 from metier.data.leakage import benchmark_leaks, certify, test_leaks
 from metier.data.lineage import forgotten_places, read_forgotten
 from metier.data.lines import Source
 from metier.data.paraphrase import ask_base, base_key
-from metier.data.partitions import Workers, parts
+from metier.data.partitions import Workers
 from metier.data.proposals import propose
 from metier.data.read_records import GENERAL, find_files, read_records
 from metier.data.records import Record
@@ -50,13 +50,12 @@ from metier.data.tables import (
     LANGUAGES,
     RECORDS_SCHEMA,
     Identities,
+    RecordsTable,
     conflicts_table,
     merged_into,
     merged_table,
     parquet_bytes,
-    records_frames,
     rejected_table,
-    rows_at_once,
     subjects_table,
     write_parquet,
 )
@@ -114,13 +113,14 @@ def prepare(
 
 @dataclass(frozen=True, slots=True)
 class Made:
-    """What is to be written: the rows of records.parquet, so many at a time, the other tables by name, the manifest's
-    entries, and the records for a person to read, if any.
+    """What is to be written: the records, the tables that are there by name, rows merged into others with the ids of
+    these, the manifest's entries, and, where something was taken out, the records for a person to read.
     """
 
-    records: Iterator[polars.DataFrame]
-    rows: int
+    records: RecordsTable
     tables: dict[str, polars.DataFrame]
+    merged: list[Merged]
+    merged_ids: list[str]
     details: dict[str, Any]
     review: list[dict[str, Any]] | None
 
@@ -168,34 +168,21 @@ def _make(
     weights = class_weights(_train(accounts.records) + made, recipe.balance, task=task)
     details["class_weights"] = weights
     identities = Identities(records, workers)
-    tables = _tables(accounts, records, identities, task)
+    merged_ids = identities.of(merged_into(accounts.merged))
+    tables = {
+        "rejected": rejected_table(accounts.rejected),
+        "merged": merged_table(accounts.merged, merged_ids),
+        "conflicts": conflicts_table(accounts.records, accounts.pairs, task, identities),
+    }
     details = _describe_all(accounts, records, identities, comparison, recipe=recipe, digests=digests) | details
     details["roles"], details["label_conflicts"] = _describe(roles), len(tables["conflicts"])
     details |= {"cleaning": cleaned.report(recipe.clean), "columns": propose(files.sources[0], roles[files.sources[0]])}
     counts = details["counts"]
     progress(f"{counts['kept']:,} of {counts['rows']:,} rows kept, {counts['rejected']:,} rejected")
-    frames = records_frames(records, identities, task, weights)
     if recipe.data.canaries:
         tables["canaries"] = canaries_table(recipe.data.canaries, seed)
-        frames = chain(frames, [planted(tables["canaries"])])
-    if not privacy.policy:
-        del tables["subjects"]
-    return Made(frames, rows_at_once(identities.sizes), tables, details, review if privacy.policy else None)
-
-
-def _tables(
-    accounts: Accounts, records: list[Record], identities: Identities, task: str
-) -> dict[str, polars.DataFrame]:
-    """All tables but that of the records."""
-    merged = accounts.merged
-    ids = identities.of(merged_into(merged))
-    some = ((identities.of(part), part) for part in parts(records, 100_000))
-    return {
-        "rejected": rejected_table(accounts.rejected),
-        "merged": merged_table(merged, ids),
-        "conflicts": conflicts_table(accounts.records, accounts.pairs, task, identities),
-        "subjects": subjects_table(chain(some, [(ids, [item.record for item in merged])])),
-    }
+    table = RecordsTable(records, identities, task, weights)
+    return Made(table, tables, accounts.merged, merged_ids, details, review if privacy.policy else None)
 
 
 def _key(recipe: Recipe, digests: dict[str, str], forgotten: list[dict[str, Any]]) -> str:
@@ -290,8 +277,12 @@ def _write(work: Path, made: Made) -> None:
     """The data set's files but for the manifest."""
     if made.review is not None:
         artifacts.write_atomic(work / "privacy_review.jsonl", review_lines(made.review))
-    write_parquet(work / "records.parquet", RECORDS_SCHEMA, made.records, made.rows)
-    for name, table in made.tables.items():
+    own, tables = made.records, made.tables
+    frames = chain(own, [planted(tables["canaries"])]) if "canaries" in tables else own
+    write_parquet(work / "records.parquet", RECORDS_SCHEMA, frames, own.rows)
+    if made.review is not None:
+        tables["subjects"] = subjects_table(own.subjects, made.merged, made.merged_ids)
+    for name, table in tables.items():
         artifacts.write_atomic(work / f"{name}.parquet", parquet_bytes(table))
     artifacts.write_atomic(work / "DATA_CARD.md", data_card(made.details).encode())
     artifacts.write_json(work / "croissant.json", croissant(made.details, work))

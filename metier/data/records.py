@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 import re
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,7 +21,10 @@ from metier.data.spool import Spool
 
 Message = dict[str, str]
 Removed = tuple[tuple[str, str], ...]  # type and keyed hash
-Content = tuple[Row, list[Message], str | None, str, Removed]
+# The row's number, byte offset and place; group_id; where in this tuple the prompt stands, or the prompt; what was
+# removed; then role and text of each message.
+Content = tuple[Any, ...]
+TURNS = 6
 SPEAKERS = {
     "system": "system",
     "user": "user",
@@ -63,85 +67,93 @@ class Record:
     ) -> None:
         self.source, self.parent, self.method, self.number, self.split = source, parent, method, number, ""
         self._spool: Spool | None = None
-        self._content: Content | int = (row, messages, group_id, prompt, ())
+        self._content: Content | int = _content((row.number, row.byte_offset, row.place), messages, group_id, prompt)
 
-    def __reduce__(self) -> tuple[type[Record], tuple[Any, ...]]:
+    def __reduce__(self) -> tuple[Callable[..., Record], tuple[Any, ...]]:
         """For another process, where there is no such file."""
-        own = (self.source, self.row, self.messages, self.group_id, self.prompt, self.parent, self.method, self.number)
-        return Record, own
+        return _record, (self.source, self.parent, self.method, self.number, self._load())
 
     @property
     def row(self) -> Row:
-        return self._load()[0]
+        return Row(*self._load()[:3])
+
+    @property
+    def row_number(self) -> int:
+        number: int = self._load()[0]
+        return number
 
     @property
     def messages(self) -> list[Message]:
-        return self._load()[1]
+        turns = iter(self._load()[TURNS:])
+        return [{"role": role, "content": text} for role, text in zip(turns, turns, strict=True)]
 
     @property
     def group_id(self) -> str | None:
-        return self._load()[2]
+        group_id: str | None = self._load()[3]
+        return group_id
 
     @property
     def prompt(self) -> str:
-        return self._load()[3]
+        content = self._load()
+        prompt: str = content[4] if isinstance(content[4], str) else content[content[4]]
+        return prompt
 
     @property
     def removed(self) -> Removed:
-        return self._load()[4]
+        removed: Removed = self._load()[5]
+        return removed
 
     @property
     def group(self) -> str:
-        _, _, group_id, prompt, _ = self._load()
-        return prompt if group_id is None else group_id
+        return self.prompt if self.group_id is None else self.group_id
 
     @property
     def answer(self) -> str:
-        return self._load()[1][-1]["content"]
+        answer: str = self._load()[-1]
+        return answer
 
     def store(self, spool: Spool) -> None:
         """Puts the texts on disk."""
-        self._put(spool, self._load())
+        self._content, self._spool = spool.put(self._load()), spool
 
     def rewrite(self, messages: list[Message], group_id: str | None, removed: Removed) -> None:
         """Gives the record other texts."""
-        row, _, _, prompt, _ = self._load()
-        prompt = next((m["content"] for m in messages if m["role"] in ("user", "text")), prompt)
-        self._put(self._spool, (row, messages, group_id, prompt, removed))
+        prompt = next((m["content"] for m in messages if m["role"] in ("user", "text")), self.prompt)
+        content = _content(self._load()[:3], messages, group_id, prompt, removed)
+        self._content = content if self._spool is None else self._spool.put(content)
 
     def variant(self, messages: list[Message] | None, *, method: str, number: int) -> Record:
         """A synthetic record, made of this one; with the same texts where `messages` is None."""
-        row, own, group_id, prompt, removed = self._load()
-        made = Record(self.source, row, own, group_id, prompt, self, method, number)
+        made = Record.__new__(Record)
+        made.source, made.parent, made.method, made.number, made.split = self.source, self, method, number, ""
         made._spool, made._content = self._spool, self._content
         if messages is not None:
-            made.rewrite(messages, group_id, removed)
+            made.rewrite(messages, self.group_id, self.removed)
         return made
-
-    def _put(self, spool: Spool | None, content: Content) -> None:
-        self._spool, self._content = spool, content
-        if spool is not None:
-            row, messages, group_id, prompt, removed = content
-            turns = [text for turn in messages for text in (turn["role"], turn["content"])]
-            first = next((i for i, turn in enumerate(messages) if turn["content"] == prompt), prompt)
-            place = row.number, row.byte_offset, row.place
-            self._content = spool.put((*place, group_id, first, removed, *turns))
 
     def _load(self) -> Content:
         content = self._content
         if not isinstance(content, int):
             return content
         assert self._spool is not None
-        loaded: Content = self._spool.get(content, _content)
+        loaded: Content = self._spool.get(content)
         return loaded
 
 
-def _content(value: tuple[Any, ...]) -> Content:
-    """What `Record._put` wrote."""
-    number, byte_offset, place, group_id, first, removed, *turns = value
-    messages = [{"role": role, "content": text} for role, text in zip(turns[::2], turns[1::2], strict=True)]
-    prompt = messages[first]["content"] if isinstance(first, int) else first
-    return Row(number, byte_offset, place), messages, group_id, prompt, removed
+def _content(
+    place: tuple[Any, ...], messages: list[Message], group_id: str | None, prompt: str, removed: Removed = ()
+) -> Content:
+    turns = [text for turn in messages for text in (turn["role"], turn["content"])]
+    first = next((TURNS + 2 * i + 1 for i, turn in enumerate(messages) if turn["content"] == prompt), prompt)
+    return (*place, group_id, first, removed, *turns)
+
+
+def _record(source: Source, parent: Record | None, method: str | None, number: int, content: Content) -> Record:
+    """What `Record.__reduce__` gave."""
+    made = Record.__new__(Record)
+    made.source, made.parent, made.method, made.number, made.split = source, parent, method, number, ""
+    made._spool, made._content = None, content
+    return made
 
 
 def same_input(record: Record) -> str:

@@ -24,7 +24,7 @@ def lots(records: Sequence[Record], seed: int) -> Ints:
     """The records' positions in an order that depends on the seed and on each record's place alone."""
     drawn = Digests()
     for record in records:
-        drawn.draw(f"{seed}|{record.source.name}|{record.row.number}")
+        drawn.draw(f"{seed}|{record.source.name}|{record.row_number}")
     return in_order(drawn.keys())
 
 

@@ -16,7 +16,7 @@ import tempfile
 import threading
 import weakref
 from array import array
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, overload
 
@@ -77,8 +77,7 @@ class Spool:
         self._lock = threading.Lock()
         self.folder, self._file = folder, _File(folder)
         self._last: tuple[int, Any] = (-1, None)
-        self._next = -1
-        self._block, self._begin = b"", 0
+        self._view, self._begin = memoryview(b""), 0
 
     @property
     def end(self) -> int:
@@ -93,20 +92,22 @@ class Spool:
             self._file.append(len(data).to_bytes(HEAD_BYTES, "little") + data)
         return place
 
-    def get(self, place: int, made: Callable[[Any], Any] = lambda value: value) -> Any:
-        """What `made` makes of the value at a place. Not to be changed: who asks for it again gets the same one."""
+    def get(self, place: int) -> Any:
+        """The value at a place. Not to be changed: who asks for it again gets the same one."""
         last = self._last
         if place == last[0]:
             return last[1]
         with self._lock:
-            at = place - self._begin
-            if not (0 <= at < len(self._block) and _end(self._block, at) <= len(self._block)):
+            at = place - self._begin + HEAD_BYTES
+            try:
+                if at < HEAD_BYTES:
+                    raise EOFError
+                value = marshal.loads(self._view[at:])  # what stands behind it does not count
+            except EOFError:  # not in the block, or not the whole of it
                 # Where values are asked for in order, many at once.
-                self._block, self._begin, at = self._read(place, place == self._next), place, 0
-            end = _end(self._block, at)
-            self._next = self._begin + end
-            data = self._block[at + HEAD_BYTES : end]
-        value = made(marshal.loads(data))
+                size = BLOCK_BYTES if HEAD_BYTES <= at <= len(self._view) + HEAD_BYTES else GUESS_BYTES
+                self._view, self._begin = memoryview(self._read(place, size)), place
+                value = marshal.loads(self._view[HEAD_BYTES:])
         self._last = (place, value)
         return value
 
@@ -115,14 +116,14 @@ class Spool:
         block, at = b"", 0
         while start < stop:
             if at >= len(block) or _end(block, at) > len(block):
-                block, at = self._read(start, True), 0
+                block, at = self._read(start, BLOCK_BYTES), 0
             end = _end(block, at)
             yield marshal.loads(block[at + HEAD_BYTES : end])
             start, at = start + end - at, end
 
-    def _read(self, place: int, is_in_order: bool) -> bytes:
+    def _read(self, place: int, size: int) -> bytes:
         """A block with at least the whole value at `place`."""
-        block = self._file.read(place, BLOCK_BYTES if is_in_order else GUESS_BYTES)
+        block = self._file.read(place, size)
         if (missing := _end(block, 0) - len(block)) > 0:
             block += self._file.read(place + len(block), missing)
         return block
@@ -172,13 +173,13 @@ class SortedTexts(Sequence[str]):
             run.append(text)
             chars += len(text)
             if chars >= RUN_CHARS:
-                first += _write_run(runs, run, first)
+                for item in _sorted_run(run, first):
+                    runs.put(item)
                 bounds.append(runs.end)
-                run, chars = [], 0
-        _write_run(runs, run, first)
-        bounds.append(runs.end)
+                run, chars, first = [], 0, first + len(run)
         self._places, order = array("q"), array("q")
-        merged = heapq.merge(*(runs.between(*some) for some in zip(bounds, bounds[1:], strict=False)))
+        written = (runs.between(*some) for some in zip(bounds, bounds[1:], strict=False))
+        merged = heapq.merge(*written, _sorted_run(run, first))  # the last one need not be written
         for text, position in merged:
             self._places.append(self._spool.put(text))
             order.append(position)
@@ -198,8 +199,6 @@ class SortedTexts(Sequence[str]):
         return found
 
 
-def _write_run(runs: Spool, texts: list[str], first: int) -> int:
-    """Writes (text, position) in order, and returns how many; `first` is the position of the first."""
-    for position in sorted(range(len(texts)), key=texts.__getitem__):
-        runs.put((texts[position], first + position))
-    return len(texts)
+def _sorted_run(texts: list[str], first: int) -> Iterator[tuple[str, int]]:
+    """(text, position) in order; `first` is the position of the first."""
+    return ((texts[at], first + at) for at in sorted(range(len(texts)), key=texts.__getitem__))

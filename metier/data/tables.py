@@ -56,6 +56,7 @@ MERGED_SCHEMA: dict[str, Any] = {
     "record_id": polars.String,
     "how": polars.String,
 }
+SUBJECTS_SCHEMA: dict[str, Any] = dict.fromkeys(("record_id", "subject_hash", "entity_type"), polars.String)
 CONFLICTS_SCHEMA: dict[str, Any] = {
     "record_id": polars.String,
     "label": polars.String,
@@ -103,17 +104,36 @@ def _addresses(records: Sequence[Record]) -> Ids:
 
 
 def _identity(record: Record) -> Identity:
-    return record.source.name, record.row.number, record.messages, record.method, record.number
+    return record.source.name, record.row_number, record.messages, record.method, record.number
 
 
-def records_frames(
-    records: list[Record], identities: Identities, task: str, weights: dict[str, float]
-) -> Iterator[polars.DataFrame]:
-    """The rows of records.parquet, some at a time; `weights` has a label's weight in training."""
-    step = rows_at_once(identities.sizes)
-    for start in range(0, max(1, len(records)), step):
-        rows = slice(start, start + step)
-        yield _group(records[rows], identities, identities.languages[rows], task=task, weights=weights)
+class RecordsTable:
+    """The rows of records.parquet, so many at a time; `weights` has a label's weight in training.
+
+    `subjects` has the rows of subjects.parquet of those that were given: the records are read once.
+    """
+
+    def __init__(self, records: list[Record], identities: Identities, task: str, weights: dict[str, float]) -> None:
+        self._records, self._identities, self._task, self._weights = records, identities, task, weights
+        self.rows = rows_at_once(identities.sizes)
+        self.subjects: list[polars.DataFrame] = []
+
+    def __iter__(self) -> Iterator[polars.DataFrame]:
+        for start in range(0, len(self._records), self.rows):
+            table = self._group(start, min(start + self.rows, len(self._records)))
+            if self._weights:
+                of_label = polars.col("label").replace_strict(self._weights, default=None, return_dtype=polars.Float64)
+                table = table.with_columns(weight=polars.when(polars.col("split") == "train").then(of_label))
+            yield table
+
+    def _group(self, start: int, stop: int) -> polars.DataFrame:
+        """In pieces, because the lists that a table is made of take more memory than the table."""
+        identities, bounds = self._identities, [*range(start, stop, PIECE), stop]
+        pieces = [
+            _frame(self._records[a:b], identities, identities.languages[a:b], task=self._task, subjects=self.subjects)
+            for a, b in zip(bounds, bounds[1:], strict=False)
+        ]
+        return polars.concat(pieces, rechunk=True)
 
 
 def rows_at_once(sizes: NDArray[np.int64]) -> int:
@@ -123,67 +143,35 @@ def rows_at_once(sizes: NDArray[np.int64]) -> int:
     return AT_ONCE if heaviest <= BYTES_AT_ONCE else max(1, most * BYTES_AT_ONCE // heaviest)
 
 
-def _group(
-    records: list[Record], identities: Identities, languages: Places, *, task: str, weights: dict[str, float]
+def _frame(
+    records: list[Record], identities: Identities, languages: Places, *, task: str, subjects: list[polars.DataFrame]
 ) -> polars.DataFrame:
-    """The rows of some records; made in pieces, because the lists that a table is made of take more than the table."""
-    bounds = [*range(0, len(records), PIECE), len(records)]
-    table = polars.concat(
-        [
-            polars.DataFrame(schema=RECORDS_SCHEMA),
-            *(_frame(records[a:b], identities, languages[a:b], task) for a, b in zip(bounds, bounds[1:], strict=False)),
-        ],
-        rechunk=True,
-    )
-    if not weights:
-        return table
-    of_label = polars.col("label").replace_strict(weights, default=None, return_dtype=polars.Float64)
-    return table.with_columns(weight=polars.when(polars.col("split") == "train").then(of_label))
-
-
-def _stops(sizes: NDArray[np.int64]) -> Iterator[int]:
-    """Where groups of the file's rows end, but for the last."""
-    rows = text = 0
-    for position, size in enumerate(sizes.tolist()):
-        if rows == AT_ONCE or (rows and text + size > BYTES_AT_ONCE):
-            yield position
-            rows = text = 0
-        rows, text = rows + 1, text + size
-
-
-def _frame(records: list[Record], identities: Identities, languages: Places, task: str) -> polars.DataFrame:
-    made = [record for record in records if record.parent]
-    parents = iter(identities.of([record.parent for record in made if record.parent]))
-    return polars.DataFrame(
-        {
-            "record_id": identities.of(records),
-            "split": [record.split for record in records],
-            "group_id": [record.group_id for record in records],
-            "messages": _messages(records),
-            "label": [r.answer if task == "classification" and r.method != "general" else None for r in records],
-            "language": [LANGUAGES[place] for place in languages.tolist()],
-            "source_file": [record.source.name for record in records],
-            "source_row": [record.row.number for record in records],
-            "parent_id": [next(parents) if record.parent else None for record in records],
-            "method": [record.method for record in records],
-            "weight": None,
-        },
-        schema=RECORDS_SCHEMA,
-    )
-
-
-def _messages(records: list[Record]) -> polars.Series:
-    """list[struct{role, content}], made from flat columns: from nested lists polars takes six times the memory."""
-    turns = [(position, turn) for position, record in enumerate(records) for turn in record.messages]
-    flat = polars.DataFrame(
-        {
-            "record": [position for position, _ in turns],
-            "role": [turn["role"] for _, turn in turns],
-            "content": [turn["content"] for _, turn in turns],
-        }
-    )
+    ids, parents = identities.of(records), iter(identities.of([r.parent for r in records if r.parent]))
+    rows, turns, removed = [], [], []
+    for position, (record, record_id, language) in enumerate(zip(records, ids, languages.tolist(), strict=True)):
+        is_labelled = task == "classification" and record.method != "general"
+        rows.append(
+            (
+                record_id, record.split, record.group_id, record.answer if is_labelled else None, LANGUAGES[language],
+                record.source.name, record.row_number, next(parents) if record.parent else None, record.method,
+            )
+        )  # fmt: skip
+        turns += [(position, turn["role"], turn["content"]) for turn in record.messages]
+        removed += _removed(record_id, record)
+    subjects.append(polars.DataFrame(removed, schema=SUBJECTS_SCHEMA, orient="row"))
+    # list[struct{role, content}] from flat columns: from nested lists polars takes six times the memory.
+    at, roles, texts = zip(*turns, strict=True)
+    flat = polars.DataFrame({"record": at, "role": roles, "content": texts})
     grouped = flat.group_by("record", maintain_order=True).agg(polars.struct("role", "content").alias("messages"))
-    return grouped["messages"]
+    names = [name for name in RECORDS_SCHEMA if name not in ("messages", "weight")]
+    columns = dict(zip(names, zip(*rows, strict=True), strict=True))
+    made = columns | {"messages": grouped["messages"], "weight": None}
+    return polars.DataFrame({name: made[name] for name in RECORDS_SCHEMA}, schema=RECORDS_SCHEMA)
+
+
+def _removed(record_id: str, record: Record) -> list[tuple[str, str, str]]:
+    """Rows of subjects.parquet."""
+    return [(record_id, hashed, entity_type) for entity_type, hashed in dict.fromkeys(record.removed)]
 
 
 def rejected_table(rejected: Iterable[Rejection]) -> polars.DataFrame:
@@ -256,21 +244,13 @@ def _contradictions(records: list[Record]) -> set[tuple[int, int]]:
     return found
 
 
-def subjects_table(rows: Iterable[tuple[list[str], Sequence[Record]]]) -> polars.DataFrame:
-    """The rows of subjects.parquet: keyed hashes of what was taken out of each record; `rows` have ids and records."""
-    schema = dict.fromkeys(("record_id", "subject_hash", "entity_type"), polars.String)
-    frames = [polars.DataFrame(schema=schema)]
-    for ids, records in rows:
-        found = [
-            (record_id, hashed, entity_type)
-            for record_id, record in zip(ids, records, strict=True)
-            for entity_type, hashed in dict.fromkeys(record.removed)
-        ]
-        frames.append(polars.DataFrame(found, schema=schema, orient="row"))
-    return polars.concat(frames, rechunk=True)
+def subjects_table(found: list[polars.DataFrame], merged: list[Merged], ids: list[str]) -> polars.DataFrame:
+    """subjects.parquet: keyed hashes of what was taken out of each record, and of the rows merged into these `ids`."""
+    rows = [row for record_id, item in zip(ids, merged, strict=True) for row in _removed(record_id, item.record)]
+    return polars.concat([*found, polars.DataFrame(rows, schema=SUBJECTS_SCHEMA, orient="row")], rechunk=True)
 
 
-def write_parquet(path: Path, schema: dict[str, Any], frames: Iterator[polars.DataFrame], rows: int = AT_ONCE) -> None:
+def write_parquet(path: Path, schema: dict[str, Any], frames: Iterable[polars.DataFrame], rows: int = AT_ONCE) -> None:
     """A Parquet file, written frame after frame of so many rows; the same frames give the same bytes.
 
     Raises `RunError`.
@@ -279,7 +259,7 @@ def write_parquet(path: Path, schema: dict[str, Any], frames: Iterator[polars.Da
     def given(
         columns: list[str] | None, predicate: polars.Expr | None, rows: int | None, size: int | None
     ) -> Iterator[polars.DataFrame]:
-        return frames
+        return iter(frames)
 
     with atomic_file(path) as file:
         target = _Target(file)

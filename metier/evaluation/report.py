@@ -123,6 +123,7 @@ def render(found: Run) -> str:
         controls=_controls(found),
         worse_at=sections.worse_at(found.evidence, found.language),
         removed=_removed(found),
+        privacy=_privacy_classes(found),
         rejected=_rejected(found),
         slices=sections.slice_rows(found.evidence, found.language),
         forgetting=sections.cost_rows(found.evidence["forgetting"], found.language),
@@ -278,6 +279,21 @@ def _removed(found: Run) -> list[tuple[str, int]]:
     """What preparation took out of the texts: identifiers by type, the most frequent first."""
     replaced = (found.data.get("privacy") or {}).get("replaced", {})
     return sorted(((name, entry["count"]) for name, entry in replaced.items()), key=lambda e: (-e[1], e[0]))
+
+
+def _privacy_classes(found: Run) -> tuple[str, list[tuple[str, str, str]]]:
+    """The law, and its classes: which, how many identifiers were replaced, and whether all that was found was."""
+    privacy = found.data.get("privacy") or {}
+    table, language = words(found.language), found.language
+    rows = [
+        (
+            f"{entry['letter']} {entry.get(f'what_{language}', entry['what'])}",
+            f"{entry['replaced']:,}" if "replaced" in entry else "-",
+            f"{table['class_' + entry['status'].replace(' ', '_')]} {', '.join(entry.get('kept', ()))}".rstrip(),
+        )
+        for entry in privacy.get("classes", [])
+    ]
+    return str(privacy.get("law_in", {}).get(language, privacy.get("law", ""))), rows
 
 
 def _rejected(found: Run) -> list[tuple[str, int]]:

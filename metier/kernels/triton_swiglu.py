@@ -151,9 +151,8 @@ def _swiglu_backward(dh, gate_up, low, up, low_dh, down, factor, largest, up_sum
                      HAS_DOWN: tl.constexpr, KEEP_H: tl.constexpr, FIND_LARGEST: tl.constexpr, PRECISION: tl.constexpr,
                      EVEN: tl.constexpr, STAGES: tl.constexpr, BR: tl.constexpr, BM: tl.constexpr,
                      BN: tl.constexpr):  # fmt: skip
-    cols = tl.program_id(0) * BN + tl.arange(0, BN)
+    cols, ranks = tl.program_id(0) * BN + tl.arange(0, BN), tl.arange(0, BR)
     col_mask = cols < half
-    ranks = tl.arange(0, BR)
     dtype: tl.constexpr = dh.dtype.element_ty
     before, own_rank, first, last, turn = share_of(tl.program_id(1), table, num_rows, rows_each, shares, GROUPED)
     if GROUPED:
@@ -201,9 +200,8 @@ def _swiglu_backward(dh, gate_up, low, up, low_dh, down, factor, largest, up_sum
         if KEEP_H:
             tl.store(grad_at, h, mask)
         if FIND_LARGEST:
-            both = tl.maximum(
-                tl.abs(d_gate.to(tl.float32) * gate_factor), tl.abs(d_upper.to(tl.float32) * upper_factor)
-            )
+            both = tl.maximum(tl.abs(d_gate.to(tl.float32) * gate_factor),
+                              tl.abs(d_upper.to(tl.float32) * upper_factor))  # fmt: skip
             tl.atomic_max(largest + rows, tl.max(both, 1), row_mask, sem="relaxed")
         if HAS_LOW:
             gate_sum = _sum(gate_sum, d_gate, low_gate, PRECISION, BM)

@@ -2,11 +2,11 @@
 
 A graph wants fixed sizes. So a pass is padded to a bucket: tokens to at most an eighth more, and less where kernels
 are long; supervised positions to an eighth, a quarter, half or all of the tokens, documents to a power of two. Padding
-tokens are documents of their own and carry no loss, so that nothing of a record changes. A bucket is recorded (up to a
-second) and replayed from then on: when it is first met where kernels are short, for which the host is too slow, and
-else when it has come often. Until then, and where the memory for it is not there, passes run as they are. All share
-one memory pool. In a pass of several adapters the padding is the last one's, and where each begins and ends is an
-input.
+tokens are documents of their own and carry no loss, so that nothing of a record changes. A bucket is recorded (about
+a second) when it is first met, and replayed from then on; one of long kernels and documents of several lengths, which
+may not come again and for which the host is fast enough, when it has come often. All share one memory pool. Where the
+memory for that is not there, passes run as they are. In a pass of several adapters the padding is the last one's, and
+where each begins and ends is an input.
 """
 
 from __future__ import annotations
@@ -28,8 +28,10 @@ MAX_GRAPHS = 48
 # From this many (tokens x weights of a layer) a padding token costs more than a bucket saves (H100): finer buckets.
 MUCH_WORK = 5e11
 FINE_GRAIN = 256
-# Such a pass gains a fourteenth by its graph, which takes as long to record as three passes (H100, 8,192 tokens).
-MEETINGS = 8
+# From here on the host keeps up, and a graph saves 20 of 300 ms a pass but takes a second to record: it is made when
+# it would have paid for itself (H100, 8,192 tokens of 7B).
+LONG_WORK = 1.2e12
+MEETINGS = 32
 
 
 class Pass(Protocol):
@@ -112,8 +114,9 @@ class GraphedPasses:
             bucket = replace(bucket, longest=self.longest, is_even=groups.is_even)
         key = (self.run.recompute, self.run.drops_out, *bucket.key)
         self.met[key] += 1
-        is_rare = self._is_long(sum(batch.lengths)) and self.met[key] < MEETINGS
-        if key not in self.recorded and (is_rare or len(self.recorded) >= self.max_graphs):
+        is_slow = not bucket.equal and bucket.num_tokens * self.run.layer_size >= LONG_WORK
+        is_rare = is_slow and self.met[key] < MEETINGS
+        if not self.max_graphs or (key not in self.recorded and not is_rare and len(self.recorded) >= self.max_graphs):
             return None
         inputs = padded_inputs(batch, bucket)
         inputs["weights"] = functional.pad(weights, (0, bucket.num_positions - weights.shape[0]))
@@ -122,6 +125,8 @@ class GraphedPasses:
         if groups is not None and groups.table is not None:
             inputs["table"] = groups.table
         self._attach_grads()
+        if key not in self.recorded and is_rare:
+            return self._once(inputs, bucket)[: weights.shape[0]]
         if key not in self.recorded:
             recorded = self._record(inputs, bucket)
             if recorded is None:
@@ -133,10 +138,29 @@ class GraphedPasses:
         found.graph.replay()
         return found.losses[: weights.shape[0]].clone()
 
+    def give_up(self) -> bool:
+        """Frees the memory of what is recorded, and records nothing from then on; whether there was any."""
+        had_any = bool(self.recorded)
+        self.recorded.clear()
+        self.pool, self.max_graphs = None, 0
+        return had_any
+
+    def _once(self, inputs: dict[str, torch.Tensor], bucket: Bucket) -> torch.Tensor:
+        """The padded pass, forward and backward; its losses, detached."""
+        documents = Documents(inputs["cu_seqlens"], bucket.max_seqlen, None, None, bucket.equal)
+        groups = None
+        if "table" in inputs:
+            groups = Groups((), self.run.ranks, inputs["table"], bucket.longest, bucket.is_even)
+        losses = self.run.losses_of(inputs, documents, groups)
+        torch.autograd.backward(losses, inputs["weights"].to(losses.dtype))
+        return losses.detach()
+
     def bucket(self, batch: Any) -> Bucket:
         """The sizes that `batch` is padded to. The limits on documents grow and never shrink, as that on rows does."""
         total = sum(batch.lengths)
-        grain = FINE_GRAIN if self._is_long(total) else max(128, 1 << max(0, total.bit_length() - 4))
+        grain = (
+            FINE_GRAIN if total * self.run.layer_size >= MUCH_WORK else max(128, 1 << max(0, total.bit_length() - 4))
+        )
         self.max_seqlen = max(self.max_seqlen, 1 << (max(batch.lengths) - 1).bit_length())
         lengths, rest = list(batch.lengths), -total % grain
         while rest > 0:
@@ -149,9 +173,6 @@ class GraphedPasses:
         is_equal = min(lengths) == max(lengths) and lengths[0] % 128 == 0
         equal = lengths[0] if is_equal else 0
         return Bucket(tuple(lengths), num_positions, self.num_documents, self.max_seqlen, equal)
-
-    def _is_long(self, num_tokens: int) -> bool:
-        return num_tokens * self.run.layer_size >= MUCH_WORK
 
     def _attach_grads(self) -> None:
         """The graphs write to the same gradients each time; a step that cleared them gets them back, zeroed."""
@@ -170,29 +191,20 @@ class GraphedPasses:
         """The pass as a graph; None, and no graphs from then on, when memory for one is not there."""
         buffers = {name: value.clone() for name, value in inputs.items()}
         buffers["weights"].zero_()  # the pass that is made before recording adds nothing to the gradients
-        documents = Documents(buffers["cu_seqlens"], bucket.max_seqlen, None, None, bucket.equal)
-        groups = None
-        if "table" in buffers:
-            groups = Groups((), self.run.ranks, buffers["table"], bucket.longest, bucket.is_even)
-
-        def once() -> torch.Tensor:
-            losses = self.run.losses_of(buffers, documents, groups)
-            torch.autograd.backward(losses, buffers["weights"].to(losses.dtype))
-            return losses.detach()
-
         if self.stream is None:  # one for all, since libraries make a workspace for each stream
             self.stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
         stream = self.stream
         stream.wait_stream(torch.cuda.current_stream())
         graph = torch.cuda.CUDAGraph()
+        torch.cuda.empty_cache()  # of what earlier passes took on their stream
         try:
             with torch.cuda.stream(stream):
-                once()  # compiles what is to be compiled, and lets libraries make their workspaces
+                self._once(buffers, bucket)  # compiles what is to be compiled, and lets libraries make their workspaces
             torch.cuda.current_stream().wait_stream(stream)
             if self.pool is None:
                 self.pool = torch.cuda.graph_pool_handle()
             with _no_collection(), torch.cuda.graph(graph, pool=self.pool, stream=stream):
-                losses = once()
+                losses = self._once(buffers, bucket)
         except RuntimeError as error:
             # Out of memory while recording: leaving the recording then fails as well, and its error comes on top.
             if not isinstance(error, torch.OutOfMemoryError) and not isinstance(
@@ -200,8 +212,7 @@ class GraphedPasses:
             ):
                 raise
             error.__traceback__ = error.__context__ = None  # their frames hold the activations
-            self.recorded.clear()
-            self.pool, self.max_graphs = None, 0
+            self.give_up()
         return _Recorded(graph, buffers, losses) if self.max_graphs else None
 
 

@@ -139,15 +139,22 @@ class Trainer:
         return result
 
     def _step_back(self, reason: str) -> None:
-        """After running out of memory: half the tokens a pass, then recomputation, then a sentence.
+        """After running out of memory: no recorded passes, half the tokens a pass, recomputation, then a sentence.
 
         Weights, optimizer and step are as they were, and a step's records stay the same: the step is only cut
         into more passes. Every rank comes here together, and finds the same.
         """
         progress = self.progress
         self.optimizer.zero_grad(set_to_none=True)
+        graphs = getattr(self.model, "graphs", None)
+        gave_up = ranks.totals(graphs is not None and graphs.give_up())[0] > 0
         if self.base.device.type == "cuda":
             torch.cuda.empty_cache()
+        if gave_up:
+            self.say(
+                f"step {progress.step + 1}: out of memory; passes are no longer recorded, and the step is done again"
+            )
+            return
         chosen = records_of_step(self.plan, self.seed, progress.step)
         longest = max(self.train_records[i].num_tokens for i in chosen)
         if not progress.step_backs and progress.micro_batch_tokens > longest:

@@ -41,8 +41,10 @@ from metier.training.track import Metrics
 
 def read_weights(dataset: Path, split: str) -> list[float]:
     """How much each record of the split counts, in the file's order: 1 but for class-weighted training records."""
-    table = polars.read_parquet(dataset / "records.parquet").filter(polars.col("split") == split)
-    return table["weight"].fill_null(1.0).to_list() if "weight" in table.columns else [1.0] * len(table)
+    rows = polars.scan_parquet(dataset / "records.parquet").filter(polars.col("split") == split)
+    if "weight" not in rows.collect_schema():
+        return [1.0] * rows.select("split").collect().height
+    return rows.select(polars.col("weight").fill_null(1.0)).collect()["weight"].to_list()
 
 
 def read_split(dataset: Path, split: str) -> tuple[list[str], list[list[Message]]]:

@@ -11,6 +11,7 @@ from metier.kernels import nf4
 from metier.kernels.attention import Documents, attend
 from metier.kernels.frozen import Fp8Weight, Nf4Weight, Storage, freeze
 from metier.kernels.reference import FP8, Rows, quantise_rows
+from metier.model import graphs
 from metier.model.fused import fuse
 from metier.model.lora import Adapter, attach
 from metier.model.quantise import FrozenLinear, quantise_model
@@ -196,3 +197,19 @@ def test_attention_on_the_gpu_equals_float64(lengths: tuple[int, ...], heads: tu
     for got, want in zip(*results, strict=True):
         # One token attends to itself alone: the gradient of q and k is then zero.
         assert (got.double() - want).norm() <= 1e-2 * want.norm() + 1e-4
+
+
+def test_a_long_pass_is_recorded_when_it_has_come_often(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(graphs, "LONG_WORK", 0.0)
+    monkeypatch.setattr(graphs, "MEETINGS", 3)
+    model, adapter, fused = fused_on_gpu("smollm2", torch.bfloat16, "fp8")
+    batches = batches_for(model, CUDA)[:1]
+    assert fused.graphs is not None
+    want, want_grads = gradients(fused, adapter, batches)
+    for meeting in (2, 3, 4, 5):
+        if meeting == 5:
+            assert fused.graphs.give_up()
+        got, grads = gradients(fused, adapter, batches)
+        assert bool(fused.graphs.recorded) == (meeting in (3, 4))
+        assert got == pytest.approx(want, rel=2e-3)
+        assert cosine(grads, want_grads) >= 0.9995

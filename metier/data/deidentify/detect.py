@@ -166,12 +166,15 @@ def _again(text: str, names: set[str]) -> list[Span]:
 
 
 def _whole_addresses(text: str, spans: Iterable[Span]) -> list[Span]:
-    """The spans with an address and the towns behind it as one: 742 Evergreen Terrace, Springfield."""
+    """The spans with an address and its towns as one (742 Evergreen Terrace, Springfield), and a name's pieces."""
     whole: list[Span] = []
     for span in spans:
         last = whole[-1] if whole else None
         joins = last and last.entity_type == "ADDRESS" and span.entity_type in ("ADDRESS", "LOCATION")
-        if last and joins and _ADDRESS_GAP.fullmatch(text, last.end, span.start):
+        pieces = last and last.entity_type == span.entity_type == "PERSON" and last.end == span.start
+        if last and pieces and not _HAN.match(text[last.start]):
+            whole[-1] = Span(last.start, span.end, "PERSON", max(last.score, span.score))
+        elif last and joins and _ADDRESS_GAP.fullmatch(text, last.end, span.start):
             whole[-1] = Span(last.start, span.end, "ADDRESS", max(last.score, span.score))
         else:
             whole.append(span)

@@ -48,6 +48,9 @@ COMPANY_FORMS = {
     "inc", "llc", "llp", "ltd", "limited", "corp", "corporation", "plc", "gmbh", "ag",
     "sons", "pty", "bv", "nv", "ohg", "mbh", "kg", "co",
 }  # fmt: skip
+_THING = re.compile(
+    r"\b(?i:product|drug|file|brand|company|course|generic|medicine|item|field|host|table|trade)[ _](?i:names?)[:=]? ?$"
+)
 SURE_BESIDE = 0.6
 _FAR_HEAD = re.compile(
     r"(?:[ -][a-z-]+(?:al|ar|ic|ive|ous|ary|oid|age|ray|type|plus|optic)){0,3} (?:[a-z-]*(?:osis|oses|itis|opathy|oma|"
@@ -269,6 +272,8 @@ def _score(text: str, stretch: Run, kinds: str, shouting: bool, calm: bool) -> f
     only = stretch[0].group() if len(stretch) == 1 else ""
     if only.lower() in cues("en_function") or (only in word_set("en_countries") and not strong):
         return 0.0
+    if kinds == "b" and not strong and text.startswith(":", end):
+        return 0.0  # a label: Price: 5
     if len(kinds.replace("i", "")) >= 2:
         if shouting and "f" not in kinds:
             return 0.2
@@ -313,7 +318,14 @@ def _is_code(word: str, shouting: bool) -> bool:
 def cued(text: str, start: int) -> bool:
     """Whether what stands before `start` announces a name, and nothing but a name: `tell`, `patient`."""
     before = text[max(0, start - 30) : start]
+    if names_a_thing(text, start):
+        return False
     return _BEFORE.search(before) is not None and not _WEAK.search(before)
+
+
+def names_a_thing(text: str, start: int) -> bool:
+    """Whether a label before `start` announces the name of something that is no person: Drug name:"""
+    return _THING.search(text, max(0, start - 20), start) is not None
 
 
 def said_after(text: str, end: int) -> bool:

@@ -11,7 +11,7 @@ import re
 import unicodedata
 from collections.abc import Iterator
 
-from metier.data.deidentify.english import WORD, cued, head_after, without_s
+from metier.data.deidentify.english import WORD, cued, head_after, names_a_thing, without_s
 from metier.data.deidentify.english_words import LETTER, kind_of, kinds_of_words
 from metier.data.deidentify.lexicon import cues
 from metier.data.deidentify.spans import Span
@@ -36,6 +36,8 @@ FEW = 0.25  # of an English text's words have accents
 def find_lower_case(text: str) -> Iterator[Span]:
     """Names without capitals: after `my name is` and the like, or a first and a last name that are no words."""
     for match in _SELF.finditer(text):
+        if names_a_thing(text, match.start(1)):
+            continue
         parts = match.group(1).split(" ")
         length, taken = 0, 0
         for part in parts:

@@ -1,8 +1,9 @@
 """Names in Latin script that are written as no sentence writes them -> spans.
 
 CamelCase (JohnSmith) as user names and exports have it; initials with a last name (J. K. Rowe, Rowe J.); who speaks in
-a chat (`Anna: where are you`); and the initials beside a name that was found. A joined name needs a first and a last
-name that lists know, or a cue before it; JavaScript, PayPal and MedlinePlus have neither.
+a chat (`Anna: where are you`); what a form's label calls a name; and the initials beside a name that was found. A
+joined name needs a first and a last name that lists know, or a cue before it; JavaScript, PayPal and MedlinePlus have
+neither.
 """
 
 from __future__ import annotations
@@ -32,6 +33,13 @@ _BY = re.compile(r"\b(?i:by|from|with|for|to|and|is) $")
 _MONTH = rf"(April|May|June|August)(?: [A-Z]\.)? ([{CAPITAL}][{LETTER}'-]+)(?! [{CAPITAL}\d]|[{LETTER}])"
 _NAMED_BY_MONTH = re.compile(rf"(?<![{LETTER}])(?<!\d )(?<!\d[a-z]{{2}} ){_MONTH}")
 _DATED = re.compile(r"\b(?i:in|since|until|till|during|last|next|this|early|late|mid|of|every|each|through|the) $")
+# A form's own label says that a person's name follows, whatever the words are: Patient Name: april wood
+_LABELLED = re.compile(
+    rf"(?i:(?:^|[\n;|,{{\"] ?\"?)(?:full )?name|\b(?:patient|client|customer|student|employee|member|applicant|contact|"
+    rf"guest|tenant|holder|first|last|full|maiden|given)(?:'?s)?[ _]name)\"?(?: ?[:=|] ?\"?)"
+    rf"(?P<name>[{LETTER}][{LETTER}'.-]*(?:,? [{LETTER}][{LETTER}'.-]*){{0,3}})(?=\",|\"?(?: ?[;|\n}}]|\s*$))"
+)
+_NOBODY = re.compile(r"(?i)(?:unknown|none|n/?a|anonymous|test|required|withheld|not .*|see .*|null|tbd)$")
 # What a letter stands behind that is no initial: vitamin C.
 _LETTERED = re.compile(
     r"(?i:vitamin|hepatitis|type|plan|group|grade|class|section|part|appendix|option|protein|factor) $"
@@ -42,6 +50,9 @@ def find_odd_names(text: str) -> Iterator[Span]:
     """Spans of folded `text`."""
     yield from _joined(text)
     yield from _initialed(text)
+    for match in _LABELLED.finditer(text):
+        if not _NOBODY.match(match["name"]):
+            yield Span(*match.span("name"), "PERSON", 0.9)
     for match in _NAMED_BY_MONTH.finditer(text):
         yield from _by_month(text, match)
     for match in _SPEAKER.finditer(text):

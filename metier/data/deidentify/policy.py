@@ -3,11 +3,14 @@
 operators   type: operator. What is not named stays; `mask` stars, `label` [TYPE], `surrogate` a keyed stand-in,
             `date_shift` by a keyed number of days per subject, `generalise` (year, 90+, ZIP3), `drop` nothing
 age_from    ages below it are no identifiers
-classes     what the law lists, each with what is done about it
+classes     what the law lists, each with what is done about it; `by` names the types. `what_zh`, `by_en` and the like,
+            as `law_zh`, say it in the other language
 """
 
 from __future__ import annotations
 
+import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cache
 from importlib import resources
@@ -68,6 +71,19 @@ class Policy:
     law: str
     classes: tuple[dict[str, str], ...]
     text: str
+    law_in: dict[str, str]
+
+    def answered(self, counts: Mapping[str, int]) -> list[dict[str, Any]]:
+        """The law's classes with how many identifiers of each were replaced; `not done` where an operator keeps one."""
+        found: list[dict[str, Any]] = []
+        for entry in self.classes:
+            types = [name for name in TYPES if re.search(rf"(?<![A-Z_]){name}(?![A-Z_])", entry["by"])]
+            kept = [name for name in types if self.operators.get(name, "keep") == "keep"]
+            more: dict[str, Any] = {"replaced": sum(counts.get(name, 0) for name in types)} if types else {}
+            if kept and entry["status"] == "done":
+                more |= {"status": "not done", "kept": kept}
+            found.append(entry | more)
+        return found
 
     @property
     def needs_key(self) -> bool:
@@ -105,6 +121,7 @@ def load_policy(name: str, operators: dict[str, str] | None = None) -> Policy:
         law=str(values.get("law", "")),
         classes=tuple(values.get("classes", ())),
         text=text,
+        law_in={language: str(values[f"law_{language}"]) for language in ("en", "zh") if f"law_{language}" in values},
     )
 
 

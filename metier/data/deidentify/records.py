@@ -134,16 +134,20 @@ class Privacy:
     ) -> dict[str, Any]:
         assert self.policy is not None
         suspected = Counter(kind for _, found in looked_at for _, _, kind in found)
+        classes = self.policy.answered(counts)
+        kept = sorted({kind for entry in classes for kind in entry.get("kept", ())})
+        standing = "pseudonymised: whoever holds the key can link" if self.policy.needs_key else "de-identified"
         return {
             "policy": self.name,
             "law": self.policy.law,
-            "standing": "pseudonymised: whoever holds the key can link" if self.policy.needs_key else "de-identified",
+            "law_in": self.policy.law_in,
+            "standing": f"not {standing}, for the recipe keeps {', '.join(kept)}" if kept else standing,
             "replaced": {
                 kind: {"count": n, "operator": self.policy.operators[kind]} for kind, n in sorted(counts.items())
             },
             "records_touched": touched,
             "key_fingerprint": key_fingerprint(self.key),
-            "classes": list(self.policy.classes),
+            "classes": classes,
             "looked_at": len(looked_at),
             "suspected": dict(sorted(suspected.items())),
         }

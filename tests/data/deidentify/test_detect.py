@@ -272,3 +272,12 @@ def test_what_only_looks_like_a_name_is_left_alone(text: str) -> None:
 def test_an_eponym_stays_where_its_discoverer_is_named() -> None:
     text = "Named after James Paget. Most people with Paget disease feel nothing."
     assert _found(text, "PERSON") == ["James Paget"]
+
+
+def test_what_a_form_s_label_calls_a_name_is_one() -> None:
+    assert _found("Patient Name: april wood; DOB: unknown", "PERSON") == ["april wood"]
+    assert _found("Drug name: metformin; Product Name: Gold Card; Customer Name: unknown") == []
+
+
+def test_numbers_of_devices_and_staff_are_found_behind_their_abbreviations() -> None:
+    assert _found("Pacemaker S/N: SN PM-88213-XK; Badge: EMP 44120") == ["PM-88213-XK", "44120"]

@@ -202,3 +202,26 @@ def test_the_second_look_knows_whole_stand_ins_and_sees_real_numbers() -> None:
         assert made != value and suspicions(f"please call {made}.", key) == []
         assert [kind for _, _, kind in suspicions(f"please call {value}.", key)] == ["digits"]
     assert [kind for _, _, kind in suspicions("seen on 2023-05-27.", key)] == ["date"]
+
+
+def test_a_class_that_the_recipe_keeps_is_not_called_done() -> None:
+    kept = load_policy("hipaa-safe-harbor", {"AGE": "keep"}).answered({"DATE": 3, "PERSON": 2})
+    by_letter = {entry["letter"]: entry for entry in kept}
+    assert (by_letter["A"]["status"], by_letter["A"]["replaced"]) == ("done", 2)
+    assert (by_letter["C"]["status"], by_letter["C"]["kept"], by_letter["C"]["replaced"]) == ("not done", ["AGE"], 3)
+    assert by_letter["P"]["status"] == "not applicable" and "replaced" not in by_letter["P"]
+
+
+def test_every_policy_says_its_classes_in_both_languages() -> None:
+    for name in policy_names():
+        policy = load_policy(name)
+        for entry in policy.classes:
+            texts = {language: entry.get(f"what_{language}", entry["what"]) for language in ("en", "zh")}
+            assert texts["en"].isascii() and not texts["zh"].isascii(), (name, entry["letter"])
+        assert {"en", "zh"} - set(policy.law_in), "the law itself is in one of them"
+
+
+def test_the_pieces_of_a_joined_name_get_one_stand_in() -> None:
+    text = "<name>Sarah MartinezAnne Lopez</name>"
+    once = metier.deidentify([text], policy="gdpr-pseudonymised")[0][0]
+    assert metier.deidentify([once], policy="gdpr-pseudonymised")[0][0] == once
