@@ -70,7 +70,8 @@ class Comparison:
     def texts(self, records: Iterable[Record]) -> Iterator[str]:
         """Each record's own words."""
         for record in records:
-            turns = [turn["content"] for turn in record.messages if turn["role"] != "system"]
+            given = record.turns
+            turns = [given[at + 1] for at in range(0, len(given), 2) if given[at] != "system"]
             text = "\n".join(turns[:-1] if self.task == "classification" else turns)
             yield text.removeprefix(self._begin).removesuffix(self._end)
 

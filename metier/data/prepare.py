@@ -97,18 +97,19 @@ def prepare(
     """
     started = time.time()
     key, digests = asked or dataset_key(recipe, out)
-    with Workers(recipe.scale) as workers, _no_cycles():
-        made = _make(recipe, digests, out=out, workers=workers, progress=progress)
-    work = artifacts.work_folder(out, key)
-    try:
-        _write(work, made)
-        return artifacts.complete(
-            work, out, kind="dataset", key=key, config=recipe.model_dump(include=OWNED), parents={}, started=started,
-            details=made.details,
-        )  # fmt: skip
-    except RunError:
-        shutil.rmtree(work, ignore_errors=True)  # half a data set is of no use: it is made anew
-        raise
+    with _no_cycles():
+        with Workers(recipe.scale) as workers:
+            made = _make(recipe, digests, out=out, workers=workers, progress=progress)
+        work = artifacts.work_folder(out, key)
+        try:
+            _write(work, made)
+            return artifacts.complete(
+                work, out, kind="dataset", key=key, config=recipe.model_dump(include=OWNED), parents={},
+                started=started, details=made.details,
+            )  # fmt: skip
+        except RunError:
+            shutil.rmtree(work, ignore_errors=True)  # half a data set is of no use: it is made anew
+            raise
 
 
 @dataclass(frozen=True, slots=True)

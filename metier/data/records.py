@@ -88,6 +88,11 @@ class Record:
         return [{"role": role, "content": text} for role, text in zip(turns, turns, strict=True)]
 
     @property
+    def turns(self) -> tuple[str, ...]:
+        """Role and text of each message, one after the other."""
+        return self._load()[TURNS:]
+
+    @property
     def group_id(self) -> str | None:
         group_id: str | None = self._load()[3]
         return group_id

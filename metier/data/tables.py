@@ -17,12 +17,12 @@ from metier.artifacts import atomic_file, digest_json
 from metier.data.alike import Digests, groups_of
 from metier.data.dedup import Merged, Pair
 from metier.data.partitions import Workers, parts
-from metier.data.records import Message, Record, Rejection, language_of, same_input
+from metier.data.records import Record, Rejection, language_of, same_input
 from metier.errors import RunError
 
 Ids = NDArray[np.uint64]
 Places = NDArray[np.int8]
-Identity = tuple[str, int, list[Message], str | None, int]  # file, row, messages, method, number
+Identity = tuple[str, int, tuple[str, ...], str | None, int]  # file, row, turns, method, number
 
 # The rows of a group of records.parquet at most, and the bytes of their texts: what is held at once, a few times.
 AT_ONCE = 100_000
@@ -68,10 +68,12 @@ CONFLICTS_SCHEMA: dict[str, Any] = {
 
 def identity_part(part: Sequence[Identity]) -> tuple[Ids, Places, NDArray[np.int64]]:
     """Of some records the record_id, as a number, the language, by its place in LANGUAGES, and the bytes of text."""
-    named = ([*place, *([method, number] if method else [])] for *place, method, number in part)
-    ids = [int(digest_json(one)[:16], 16) for one in named]
-    languages = [LANGUAGES.index(language_of(messages)) for _, _, messages, _, _ in part]
-    sizes = [sum(len(turn["content"].encode()) for turn in messages) for _, _, messages, _, _ in part]
+    ids, languages, sizes = [], [], []
+    for file, row, turns, method, number in part:
+        messages = [{"role": turns[at], "content": turns[at + 1]} for at in range(0, len(turns), 2)]
+        ids.append(int(digest_json([file, row, messages, *([method, number] if method else [])])[:16], 16))
+        languages.append(LANGUAGES.index(language_of(messages)))
+        sizes.append(sum(len(text.encode()) for text in turns[1::2]))
     return np.array(ids, np.uint64), np.array(languages, np.int8), np.array(sizes, np.int64)
 
 
@@ -104,7 +106,7 @@ def _addresses(records: Sequence[Record]) -> Ids:
 
 
 def _identity(record: Record) -> Identity:
-    return record.source.name, record.row_number, record.messages, record.method, record.number
+    return record.source.name, record.row_number, record.turns, record.method, record.number
 
 
 class RecordsTable:
@@ -147,7 +149,8 @@ def _frame(
     records: list[Record], identities: Identities, languages: Places, *, task: str, subjects: list[polars.DataFrame]
 ) -> polars.DataFrame:
     ids, parents = identities.of(records), iter(identities.of([r.parent for r in records if r.parent]))
-    rows, turns, removed = [], [], []
+    rows, removed = [], []
+    at, roles, texts = list[int](), list[str](), list[str]()
     for position, (record, record_id, language) in enumerate(zip(records, ids, languages.tolist(), strict=True)):
         is_labelled = task == "classification" and record.method != "general"
         rows.append(
@@ -156,11 +159,13 @@ def _frame(
                 record.source.name, record.row_number, next(parents) if record.parent else None, record.method,
             )
         )  # fmt: skip
-        turns += [(position, turn["role"], turn["content"]) for turn in record.messages]
+        turns = record.turns
+        at += [position] * (len(turns) // 2)
+        roles += turns[::2]
+        texts += turns[1::2]
         removed += _removed(record_id, record)
     subjects.append(polars.DataFrame(removed, schema=SUBJECTS_SCHEMA, orient="row"))
     # list[struct{role, content}] from flat columns: from nested lists polars takes six times the memory.
-    at, roles, texts = zip(*turns, strict=True)
     flat = polars.DataFrame({"record": at, "role": roles, "content": texts})
     grouped = flat.group_by("record", maintain_order=True).agg(polars.struct("role", "content").alias("messages"))
     names = [name for name in RECORDS_SCHEMA if name not in ("messages", "weight")]
