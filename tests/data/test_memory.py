@@ -21,8 +21,8 @@ from metier.data.records import Record
 from metier.data.spool import Rows, SortedTexts, Spool
 
 CHARS = 1_000
-# What a record may take in memory, all stages at their worst. Held as Python's objects it took 5,700; now 300 of its own,
-# and what an allocator does not give back.
+# What a record may take in memory, all stages at their worst: 400 of its own, and what allocators do not give back.
+# Held as Python's objects it took 5,700.
 BYTES_A_RECORD = 1_500
 # The blocks in which texts pass through memory are made small, so that a small file shows what grows with its size.
 PREPARE = """
