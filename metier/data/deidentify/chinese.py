@@ -169,14 +169,14 @@ def _points(text: str, start: int, size: int, given: int, cuts: Cuts) -> float:
     if given == 0:
         return _title_points(text, start, size, cuts.word_at)
     end = start + size + given
-    best_left, best_cuts = _best_rest()
-    points = (
-        _head_points()[*_head(text, start, size, end), given]
-        + _side_points()["right", _right(text, start, end, cuts.word_at)]
-    )
-    # Most candidates end here: nothing that is still to be seen would make them a name.
+    best_right, best_left, best_cuts = _best_rest()
+    points = _own_points(text[start : start + size], text[start + size : end])
+    # Most candidates end here or after the next look: nothing that is still to be seen would make them a name.
+    if points + best_right + best_left + best_cuts <= MIN_POINTS:
+        return MIN_POINTS
+    points += _side_points()["right", _right(text, start, end, cuts.word_at)]
     if points + best_left + best_cuts <= MIN_POINTS:
-        return points
+        return MIN_POINTS
     left = _left(text, start, cuts.word_at)
     if size == 1 and text[start] in cues("zh_function_surnames"):
         known, strong = _known(text[start + 1 : end])
@@ -190,15 +190,21 @@ def _points(text: str, start: int, size: int, given: int, cuts: Cuts) -> float:
     return points
 
 
+@lru_cache(maxsize=2**16)
+def _own_points(surname: str, given: str) -> float:
+    """What a name's own characters say."""
+    return _head_points()[_kind_of_surname(surname), *_known(given), len(given)]
+
+
 @cache
-def _best_rest() -> tuple[float, float]:
-    """No less than what the left mark, and the marks after it, can add."""
+def _best_rest() -> tuple[float, float, float]:
+    """No less than what the right mark, the left one, and the marks after them can add."""
     best: dict[str, float] = {}
     for mark, weight in _weights().items():
         kind = " ".join(mark.split()[:2]) if mark.startswith("cut ") else mark.split()[0]
         best[kind] = max(best.get(kind, 0.0), weight)
     ends = max(best["cut before"], best["cut head"]) + max(best["cut after"], best["cut rest"]) + best["cut fits"]
-    return best["left"], max(best["cut exact"], best["cut over"], ends)
+    return best["right"], best["left"], max(best["cut exact"], best["cut over"], ends)
 
 
 @cache

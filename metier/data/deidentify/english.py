@@ -318,9 +318,7 @@ def _is_code(word: str, shouting: bool) -> bool:
 def cued(text: str, start: int) -> bool:
     """Whether what stands before `start` announces a name, and nothing but a name: `tell`, `patient`."""
     before = text[max(0, start - 30) : start]
-    if names_a_thing(text, start):
-        return False
-    return _BEFORE.search(before) is not None and not _WEAK.search(before)
+    return _BEFORE.search(before) is not None and not _WEAK.search(before) and not names_a_thing(text, start)
 
 
 def names_a_thing(text: str, start: int) -> bool:

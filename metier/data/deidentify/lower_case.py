@@ -7,6 +7,7 @@ everyday words, a word with accents that is no English word even without them, a
 
 from __future__ import annotations
 
+import itertools
 import re
 import unicodedata
 from collections.abc import Iterator
@@ -61,32 +62,30 @@ def find_lower_case(text: str) -> Iterator[Span]:
             yield Span(*match.span(1), "PERSON", 0.6)
     if text.islower():
         found = list(WORD.finditer(text))
-        yield from _pairs(text, found)
+        kinds = [kinds_of_words().get(word.group(), "?") for word in found]
+        yield from _pairs(text, found, kinds)
         yield from _with_accents(found)
-        yield from _after_cues(text, found)
+        yield from _after_cues(text, found, kinds)
         yield from _firms(text)
 
 
-def _pairs(text: str, found: list[re.Match[str]]) -> Iterator[Span]:
-    kinds = kinds_of_words()
-    if "f" not in map(kinds.get, (word.group() for word in found)):
-        return
-    for one, two in zip(found, found[1:], strict=False):
-        last = two.group()
-        if text[one.end() : two.start()] != " " or kinds.get(one.group()) != "f" or last in cues("en_function"):
+def _pairs(text: str, found: list[re.Match[str]], kinds: list[str]) -> Iterator[Span]:
+    for number, (one, two) in enumerate(itertools.pairwise(found)):
+        if kinds[number] != "f" or kinds[number + 1] not in "l?f" or text[one.end() : two.start()] != " ":
             continue
-        verb = last.endswith("s") and kinds.get(last[:-1]) == "w"  # carrie speaks
-        if kinds.get(last, "?") in "l?f" and not verb:
+        last = two.group()
+        verb = last.endswith("s") and kinds_of_words().get(last[:-1]) == "w"  # carrie speaks
+        if last not in cues("en_function") and not verb:
             yield Span(one.start(), without_s(two), "PERSON", 0.7)
 
 
-def _after_cues(text: str, found: list[re.Match[str]]) -> Iterator[Span]:
+def _after_cues(text: str, found: list[re.Match[str]], kinds: list[str]) -> Iterator[Span]:
     """A word that is none of the dictionary's, or a name, behind a cue: `tell unni`; both sides of `x v. y`."""
-    kinds, function = kinds_of_words(), cues("en_function")
-    for word in found:
+    function = cues("en_function")
+    # Most are everyday words of the dictionary: these go at once.
+    for word in itertools.compress(found, (kind in "fl?" for kind in kinds)):
         token, start = word.group(), word.start()
-        # Most are everyday words of the dictionary: these go at once.
-        if len(token) < 3 or kinds.get(token, "?") not in "fl?" or token in function:
+        if len(token) < 3 or token in function:
             continue
         if kind_of(token.title()) not in "fl?" or text.endswith("contact ", 0, start):
             continue
