@@ -139,11 +139,15 @@ class GraphedPasses:
         return found.losses[: weights.shape[0]].clone()
 
     def give_up(self) -> bool:
-        """Frees the memory of what is recorded, and records nothing from then on; whether there was any."""
+        """Frees the memory of what is recorded, if anything is, and records nothing from then on."""
         had_any = bool(self.recorded)
+        if had_any:
+            self._stop()
+        return had_any
+
+    def _stop(self) -> None:
         self.recorded.clear()
         self.pool, self.max_graphs = None, 0
-        return had_any
 
     def _once(self, inputs: dict[str, torch.Tensor], bucket: Bucket) -> torch.Tensor:
         """The padded pass, forward and backward; its losses, detached."""
@@ -212,7 +216,7 @@ class GraphedPasses:
             ):
                 raise
             error.__traceback__ = error.__context__ = None  # their frames hold the activations
-            self.give_up()
+            self._stop()
         return _Recorded(graph, buffers, losses) if self.max_graphs else None
 
 

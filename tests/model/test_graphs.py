@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from metier.kernels.attention import Documents
-from metier.model.graphs import GraphedPasses, padded_inputs
+from metier.model.graphs import GraphedPasses, _Recorded, padded_inputs
 from metier.training.pack import pack_batches
 from tests.model.test_fused import fused_of, gradients, with_adapter
 from tests.training.test_pack import random_records
@@ -46,3 +46,12 @@ def test_buckets_are_few_and_waste_an_eighth_at_most() -> None:
         assert batch.num_tokens <= bucket.num_tokens <= batch.num_tokens * 9 / 8 + 128
         assert bucket.num_positions >= batch.num_loss_tokens
     assert len(keys) <= 12
+
+
+def test_only_what_is_recorded_is_given_up() -> None:
+    model, adapter = with_adapter("smollm2", torch.float32)
+    passes = GraphedPasses(fused_of(model, adapter), [])
+    limit = passes.max_graphs
+    assert not passes.give_up() and passes.max_graphs == limit
+    passes.recorded[(1,)] = _Recorded(None, {}, torch.zeros(1))  # type: ignore[arg-type]
+    assert passes.give_up() and not passes.recorded and passes.max_graphs == 0
