@@ -22,10 +22,8 @@ from collections import Counter
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
-import yaml
-
 from metier.data.deidentify.detect import detect
-from metier.data.deidentify.lexicon import alternatives
+from metier.data.deidentify.lexicon import alternatives, glossary
 
 ROOT = Path(__file__).parents[1]
 QUIET = {"TITLE", "NRP", "COUNTRY", "TIME", "AGE"}  # what no policy masks, and ages that none counts
@@ -35,14 +33,6 @@ EPONYM = re.compile(
 )
 NO_EPONYM = re.compile(r"^(?:The|This|These|Your|What|Each|Other|Most|Some|All|If|In|No|An?)\b")
 SENTENCES = {"en": "Please explain {} and give an example.", "zh": "请解释{}并举例。"}
-
-
-def glossary(language: str) -> list[str]:
-    """The terms of all packs in one language."""
-    packs = [
-        yaml.safe_load(path.read_text(encoding="utf-8")) for path in sorted((ROOT / "metier/domains").glob("*.yaml"))
-    ]
-    return sorted({term for pack in packs for entry in pack["terms"] for term in entry[language]})
 
 
 def drugs(path: Path) -> re.Pattern[str]:
@@ -92,7 +82,7 @@ def _around(text: str, start: int, end: int) -> str:
 def corpora(arguments: argparse.Namespace) -> Iterable[tuple[str, list[str], str]]:
     """Name, texts and language."""
     for language, sentence in SENTENCES.items():
-        yield f"glossaries, {language}", [sentence.format(term) for term in glossary(language)], language
+        yield f"glossaries, {language}", [sentence.format(term) for term in sorted(glossary(language))], language
     with (ROOT / "metier/bundled/icd10cm_chapters.csv").open(encoding="utf-8-sig", newline="") as file:
         yield "ICD-10-CM titles", [row["term"] for row in csv.DictReader(file)], "en"
     with (ROOT / "metier/bundled/china_law_departments.csv").open(encoding="utf-8-sig", newline="") as file:

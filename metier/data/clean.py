@@ -7,7 +7,6 @@ off, or that keeps what it finds, is counted all the same where the count is a w
 
 from __future__ import annotations
 
-import hashlib
 from array import array
 from collections import Counter
 from dataclasses import dataclass, field
@@ -16,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from metier.data.alike import Digests, groups_of
+from metier.data.alike import Digests, digest, groups_of
 from metier.data.normalize import apply_edits, find_edits, holds_html, is_mojibake
 from metier.data.records import Message, Record, Rejected, Rejection, language_of, same_input
 from metier.errors import DataError
@@ -190,7 +189,7 @@ def _ends(message: Message) -> list[str]:
 
 
 def _key(line: str) -> int:
-    return int.from_bytes(hashlib.blake2b(line.encode("utf-8", "surrogatepass"), digest_size=8).digest())
+    return int.from_bytes(digest(line)[:8])
 
 
 def _without(message: Message, shared: set[int]) -> str:

@@ -41,6 +41,11 @@ def _is_together(x: torch.Tensor, groups: Groups) -> bool:
     return x.is_cuda and groups.table is not None and x.dtype != torch.float64
 
 
+def _told(groups: Groups | None) -> dict[str, Groups]:
+    """What an op's code is told: definitions and the CPU's know one adapter alone."""
+    return {} if groups is None else {"groups": groups}
+
+
 def _downs(groups: Groups, down: Matrix) -> Callable[[int], torch.Tensor] | None:
     return None if down is None else lambda adapter: groups.down_of(down, adapter)
 
@@ -85,7 +90,7 @@ def add_low_rank(
 ) -> torch.Tensor:  # fmt: skip
     op = _on(y, "add_low_rank", groups)
     if groups is None or _is_together(y, groups):
-        return op(residual, y, low, up, **({} if groups is None else {"groups": groups}))  # type: ignore[no-any-return]
+        return op(residual, y, low, up, **_told(groups))  # type: ignore[no-any-return]
     rows, stacks = {"residual": residual, "y": y}, {"up": _ups(groups, up)}
     return torch.cat(groups.each(op, rows, {"low": low}, stacks))
 
@@ -137,8 +142,7 @@ def rotate(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:  # fmt: skip
     op = _on(qkv, "rotate", groups)
     if groups is None or _is_together(qkv, groups):
-        some = {} if groups is None else {"groups": groups}
-        return op(qkv, low, up, heads, rotation, **some)  # type: ignore[no-any-return]
+        return op(qkv, low, up, heads, rotation, **_told(groups))  # type: ignore[no-any-return]
     rows = {"qkv": qkv, "cos": rotation.cos, "sin": rotation.sin}
 
     def one(cos: torch.Tensor, sin: torch.Tensor, **own: Matrix) -> Any:
@@ -154,8 +158,7 @@ def rotate_backward(
 ) -> tuple[torch.Tensor, Matrix, Matrix]:  # fmt: skip
     op = _on(grads[0], "rotate_backward", groups)
     if groups is None or _is_together(grads[0], groups):
-        some = {} if groups is None else {"groups": groups}
-        return op(grads, qkv, low, up, heads, rotation, factor, **some)  # type: ignore[no-any-return]
+        return op(grads, qkv, low, up, heads, rotation, factor, **_told(groups))  # type: ignore[no-any-return]
     rows = {"dq": grads[0], "dk": grads[1], "dv": grads[2], "qkv": qkv, "cos": rotation.cos, "sin": rotation.sin}
 
     def one(dq: Matrix, dk: Matrix, dv: Matrix, cos: torch.Tensor, sin: torch.Tensor, **own: Matrix) -> Any:
@@ -172,8 +175,7 @@ def swiglu(
 ) -> Rows:  # fmt: skip
     op = _on(gate_up, "swiglu", groups)
     if groups is None or _is_together(gate_up, groups):
-        some = {} if groups is None else {"groups": groups}
-        return op(gate_up, low, up, down=down, quantise=quantise, **some)  # type: ignore[no-any-return]
+        return op(gate_up, low, up, down=down, quantise=quantise, **_told(groups))  # type: ignore[no-any-return]
     stacks = {"up": _ups(groups, up), "down": _inward(groups, down)}
     return groups.joined(groups.each(op, {"gate_up": gate_up}, {"low": low}, stacks, quantise=quantise))
 

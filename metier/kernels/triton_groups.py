@@ -73,6 +73,11 @@ def _divisor(ranks: list[int]) -> int:
     return next(number for number in (16, 4, 1) if all(rank % number == 0 for rank in ranks))
 
 
+def rank_of(up: torch.Tensor | None, groups: Groups | None) -> int:
+    """The rank of B, `up`; of several the widest."""
+    return 0 if up is None else up.shape[1] if groups is None else groups.widest
+
+
 def num_ranks(rank: int, groups: Groups | None) -> int:
     """`rank`, or the sum of those of `groups`."""
     return rank if groups is None else groups.total

@@ -16,7 +16,7 @@ import triton.language as tl
 
 from metier.kernels.groups import Groups
 from metier.kernels.reference import FP8, Rows, SwigluGrads, rank_gradient
-from metier.kernels.triton_groups import Shares, cut, is_even, num_ranks, share_of
+from metier.kernels.triton_groups import Shares, cut, is_even, num_ranks, rank_of, share_of
 from metier.kernels.triton_rows import project_rows
 
 # Wider low-rank parts leave the kernels' registers and go through cuBLAS.
@@ -91,7 +91,7 @@ def swiglu(
     groups: Groups | None = None,
 ) -> Rows:
     num_rows, half = gate_up.shape[0], gate_up.shape[1] // 2
-    rank = _rank(up, groups)
+    rank = rank_of(up, groups)
     if low is not None and rank > MAX_FUSED_RANK:
         gate_up, low, rank = _add_low_rank_(gate_up.clone(), low, up), None, 0
     h = torch.empty(num_rows, half, device=gate_up.device, dtype=gate_up.dtype)
@@ -104,11 +104,6 @@ def swiglu(
         )  # fmt: skip
     segments = (half,) if down is not None else ()
     return project_rows(h, down=down, segments=segments, quantise=quantise, largest=largest, groups=groups)
-
-
-def _rank(up: torch.Tensor | None, groups: Groups | None) -> int:
-    """The widest, of several."""
-    return 0 if up is None else up.shape[1] if groups is None else groups.widest
 
 
 def _launches(x: torch.Tensor, groups: Groups | None, rank: int) -> list[Shares]:
@@ -232,7 +227,7 @@ def swiglu_backward(
 ) -> SwigluGrads:
     num_rows, half = dh.shape
     # An adapter has one rank in all its layers.
-    rank = _rank(up, groups) or (0 if down is None else down.shape[0] if groups is None else groups.widest)
+    rank = rank_of(up, groups) or (0 if down is None else down.shape[0] if groups is None else groups.widest)
     is_fused = rank <= MAX_FUSED_RANK
     sums_up, sums_down = is_fused and low is not None, is_fused and low_dh is not None
     if low is not None and not is_fused:

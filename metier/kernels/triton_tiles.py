@@ -14,7 +14,7 @@ import triton.language as tl
 
 from metier.kernels.groups import Groups
 from metier.kernels.reference import Heads, Rotation, rank_gradient
-from metier.kernels.triton_groups import cut, layout, num_ranks, share_of
+from metier.kernels.triton_groups import cut, layout, num_ranks, rank_of, share_of
 
 MAX_FUSED_RANK = 128
 MAX_SUMMED_RANK = 64
@@ -228,7 +228,7 @@ def rotate(
     # In place, unless the backward pass wants the product as it was.
     out = qkv if rotation.q_norm is None else torch.empty_like(qkv)
     qkv, low, up = _narrow(qkv, low, up, heads, groups)
-    num_heads, rank = heads.num_q + 2 * heads.num_kv, _rank(up, groups)
+    num_heads, rank = heads.num_q + 2 * heads.num_kv, rank_of(up, groups)
     for some in cut(out, 32, groups, rank):
         # Measured at 2,048 and 8,192 rows of 12,288 columns on an H100: 32 rows, 8 heads.
         options = _head_options(out, low, some.rank, heads, rotation)
@@ -255,7 +255,7 @@ def rotate_backward(
     dq, dk, dv = (g.contiguous() for g in grads)
     num_rows, num_cols = dq.shape[0], heads.ends[2]
     out = torch.empty(num_rows, num_cols, device=dq.device, dtype=dq.dtype)
-    given, rank = low, _rank(up, groups)
+    given, rank = low, rank_of(up, groups)
     has_norm = rotation.q_norm is not None and qkv is not None
     if not has_norm:
         rotation = rotation._replace(bias=None)
@@ -281,11 +281,6 @@ def rotate_backward(
     if given is not None:
         up_grad = up_sums.sum(0) if sums else rank_gradient(out, given, heads.ends)
     return out, largest, up_grad
-
-
-def _rank(up: torch.Tensor | None, groups: Groups | None) -> int:
-    """The widest, of several."""
-    return 0 if up is None else up.shape[1] if groups is None else groups.widest
 
 
 def _narrow(

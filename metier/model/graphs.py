@@ -116,7 +116,8 @@ class GraphedPasses:
         self.met[key] += 1
         is_slow = not bucket.equal and bucket.num_tokens * self.run.layer_size >= LONG_WORK
         is_rare = is_slow and self.met[key] < MEETINGS
-        if not self.max_graphs or (key not in self.recorded and not is_rare and len(self.recorded) >= self.max_graphs):
+        is_new = key not in self.recorded and not is_rare
+        if not self.max_graphs or (is_new and len(self.recorded) >= self.max_graphs):
             return None
         inputs = padded_inputs(batch, bucket)
         inputs["weights"] = functional.pad(weights, (0, bucket.num_positions - weights.shape[0]))
@@ -125,9 +126,9 @@ class GraphedPasses:
         if groups is not None and groups.table is not None:
             inputs["table"] = groups.table
         self._attach_grads()
-        if key not in self.recorded and is_rare:
+        if is_rare:
             return self._once(inputs, bucket)[: weights.shape[0]]
-        if key not in self.recorded:
+        if is_new:
             recorded = self._record(inputs, bucket)
             if recorded is None:
                 return None
@@ -162,9 +163,8 @@ class GraphedPasses:
     def bucket(self, batch: Any) -> Bucket:
         """The sizes that `batch` is padded to. The limits on documents grow and never shrink, as that on rows does."""
         total = sum(batch.lengths)
-        grain = (
-            FINE_GRAIN if total * self.run.layer_size >= MUCH_WORK else max(128, 1 << max(0, total.bit_length() - 4))
-        )
+        is_long = total * self.run.layer_size >= MUCH_WORK
+        grain = FINE_GRAIN if is_long else max(128, 1 << max(0, total.bit_length() - 4))
         self.max_seqlen = max(self.max_seqlen, 1 << (max(batch.lengths) - 1).bit_length())
         lengths, rest = list(batch.lengths), -total % grain
         while rest > 0:

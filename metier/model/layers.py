@@ -17,7 +17,7 @@ from metier.kernels.attention import Documents, attend
 from metier.kernels.dropout import Dropout
 from metier.kernels.groups import Groups
 from metier.kernels.reference import Heads, Rotation, Rows
-from metier.model.sites import Image, Site, group_options, refresh
+from metier.model.sites import Image, Site, refresh
 
 
 @dataclass
@@ -57,7 +57,7 @@ def _rows(
     down = site.down_t if treatment.dropout is None else None
     rows = ops.project_rows(
         x, factor=factor, down=down, segments=() if down is None else (x.shape[1],), eps=eps,
-        quantise=site.weight.eats_fp8, **group_options(treatment.groups),
+        quantise=site.weight.eats_fp8, groups=treatment.groups,
     )  # fmt: skip
     if treatment.dropout is None:
         return rows
@@ -73,7 +73,7 @@ def _norm_backward(
     if treatment.dropout is None:
         return ops.norm_backward(
             dz, x, rstd=rstd, weight=weight, low=low, down=site.down, projected=projected, residual=residual,
-            **group_options(treatment.groups),
+            groups=treatment.groups,
         )  # fmt: skip
     down_grad = site.dropped_backward(low, treatment.dropout, dz, x, rstd=rstd, factor=weight)
     dx, _ = ops.norm_backward(dz, x, rstd=rstd, weight=weight, low=None, down=None, projected=None, residual=residual)
@@ -97,7 +97,7 @@ class _Queries(torch.autograd.Function):
         rotation = rotation._replace(bias=layer.bias, q_norm=layer.q_norm, k_norm=layer.k_norm, eps=layer.eps)
         rows = _rows(x, layer.qkv, treatment, factor=layer.input_norm, eps=layer.eps)
         qkv = layer.qkv.weight.matmul(rows)
-        q, k, v = ops.rotate(qkv, rows.low, layer.qkv.up, layer.heads, rotation, **group_options(treatment.groups))
+        q, k, v = ops.rotate(qkv, rows.low, layer.qkv.up, layer.heads, rotation, groups=treatment.groups)
         ctx.save_for_backward(x, rows.rstd, rows.low, qkv if layer.q_norm is not None else None)
         ctx.layer, ctx.rotation, ctx.treatment = layer, rotation, treatment
         return q, k, v, x.view_as(x)
@@ -115,7 +115,7 @@ class _Queries(torch.autograd.Function):
             layer.heads,
             ctx.rotation,
             site.factor,
-            **group_options(groups),
+            groups=groups,
         )
         rows = site.gradient_rows(dy, groups, largest)
         dx, down_grad = None, None
@@ -143,7 +143,7 @@ class _Output(torch.autograd.Function):
         rows = _rows(attention, site, treatment)
         ctx.save_for_backward(attention, rows.low)
         ctx.layer, ctx.treatment = layer, treatment
-        return ops.add_low_rank(x, site.weight.matmul(rows), rows.low, site.up, **group_options(groups))
+        return ops.add_low_rank(x, site.weight.matmul(rows), rows.low, site.up, groups=groups)
 
     @staticmethod
     def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
@@ -178,7 +178,7 @@ class _Mlp(torch.autograd.Function):
         if treatment.dropout is None:
             h = ops.swiglu(
                 both, rows.low, layer.gate_up.up, down=layer.down.down_t, quantise=layer.down.weight.eats_fp8,
-                **group_options(treatment.groups),
+                groups=treatment.groups,
             )  # fmt: skip
         else:
             h = _rows(_activated(both, rows.low, layer.gate_up), layer.down, treatment)
@@ -205,7 +205,7 @@ class _Mlp(torch.autograd.Function):
             next_down = next_low = None
         result = ops.swiglu_backward(
             dh, both, low, site.up, low_dh=next_low, down=next_down, factor=site.factor,
-            quantise=site.weight.eats_fp8, **group_options(groups),
+            quantise=site.weight.eats_fp8, groups=groups,
         )  # fmt: skip
         del both  # a third of what a recomputed layer holds, and read for the last time
         dx, down_grad = _norm_backward(
@@ -224,7 +224,7 @@ class _Down(torch.autograd.Function):
     def forward(ctx: Any, x: torch.Tensor, layer: Layer, treatment: Treatment, found: list[Rows]) -> torch.Tensor:
         ctx.layer, ctx.treatment = layer, treatment
         h, site = found.pop(), layer.down
-        return ops.add_low_rank(x, site.weight.matmul(h), h.low, site.up, **group_options(treatment.groups))
+        return ops.add_low_rank(x, site.weight.matmul(h), h.low, site.up, groups=treatment.groups)
 
     @staticmethod
     def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:

@@ -35,7 +35,7 @@ from metier.model.gguf_header import read_header
 from metier.model.quantise import check_storage, quantise_linear, quantise_linears, quantise_model
 from metier.model.resolve import base_digest, first_line, read_json, resolve_base
 from metier.model.rounding import Rounding, rounding_ids
-from metier.model.shards import Shards, shards_of
+from metier.model.shards import Shards, shards_of, when_whole
 from metier.model.template_check import check_template
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "tekken.json")
@@ -356,9 +356,10 @@ def _load_weights(
         replace, hears = None if storage == "dense" else quantised, []
         if storage == "nf4" and is_fused_architecture(model.config.get_text_config()):
             replace = None
-            hears.append(Rounding(model, rounding_ids(tokenizer, model.get_input_embeddings().num_embeddings)).placed)
+            ids = rounding_ids(tokenizer, model.get_input_embeddings().num_embeddings)
+            hears.append(when_whole(model, Rounding(model, ids).take))
         if shared:
-            hears.append(Shards(model).placed)
+            hears.append(when_whole(model, Shards(model).take))
         unused = weights.fill(model, names, dtype=dtype, device=device, replace=replace, placed=hears)
         if (path / "generation_config.json").is_file():
             model.generation_config = _hf.GenerationConfig.from_pretrained(path)

@@ -33,27 +33,16 @@ def rounding_ids(tokenizer: Any, num_tokens: int) -> torch.Tensor:
 
 
 class Rounding:
-    """Hears of each parameter of `model` that is loaded, and rounds a layer to NF4 when its last one is there."""
+    """Rounds the decoder layers of `model` to NF4, each when it is whole and in their order."""
 
     def __init__(self, model: Any, ids: torch.Tensor) -> None:
         self.model, self.ids = model, ids
         self.layers = list(decoder_layers(model))
-        names = {id(layer): name for name, layer in model.named_modules()}
-        self._missing = [
-            {f"{names[id(layer)]}.{name}" for name, _ in layer.named_parameters()} for layer in self.layers
-        ]
         self._hidden: torch.Tensor | None = None
 
     @torch.no_grad()
-    def placed(self, name: str) -> None:
-        """Hears that parameter `name` is where it stays. The layers must become whole in their order."""
-        for number, missing in enumerate(self._missing):
-            if name in missing:
-                missing.remove(name)
-                if not missing:
-                    self._round(number)
-
-    def _round(self, number: int) -> None:
+    def take(self, number: int) -> None:
+        """Rounds a loaded layer."""
         embeddings, layer = self.model.get_input_embeddings(), self.layers[number]
         device = embeddings.weight.device
         if self._hidden is None:

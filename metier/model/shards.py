@@ -13,7 +13,7 @@ Every process must make the same number of passes: `one_pass` without a computat
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -29,6 +29,21 @@ def decoder_layers(model: Any) -> nn.ModuleList:
     """The model's decoder layers, in their order."""
     count = model.config.get_text_config().num_hidden_layers
     return next(m for m in model.modules() if isinstance(m, nn.ModuleList) and len(m) == count)
+
+
+def when_whole(model: Any, act: Callable[[int], None]) -> Callable[[str], None]:
+    """What is to hear of each parameter that is loaded: it calls `act` with a layer's number when that was its last."""
+    layers, names = decoder_layers(model), {id(module): name for name, module in model.named_modules()}
+    missing = [{f"{names[id(layer)]}.{name}" for name, _ in layer.named_parameters()} for layer in layers]
+
+    def placed(name: str) -> None:
+        for number, some in enumerate(missing):
+            if name in some:
+                some.remove(name)
+                if not some:
+                    act(number)
+
+    return placed
 
 
 def shards_of(model: Any) -> Shards | None:
@@ -49,19 +64,7 @@ class Shards:
         self._order: list[int] = []
         self._at = -1
         self._travelling: Any = None
-        names = {id(layer): name for name, layer in model.named_modules()}
-        self._missing = [
-            {f"{names[id(layer)]}.{name}" for name, _ in layer.named_parameters()} for layer in self.layers
-        ]
         model.shards = self
-
-    def placed(self, name: str) -> None:
-        """Hears that parameter `name` is loaded, and takes its layer when it was the last one."""
-        for number, missing in enumerate(self._missing):
-            if name in missing:
-                missing.remove(name)
-                if not missing:
-                    self.take(number)
 
     def take(self, number: int) -> None:
         """Keeps this process's part of a loaded layer, and makes its tensors views of a buffer."""

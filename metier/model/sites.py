@@ -121,7 +121,7 @@ class Site:
         """dy [M, O] as the product for dX reads it, with its projection on the rank."""
         return ops.project_rows(
             dy, factor=self.factor, down=self.up, segments=self.ends if self.up is not None else (),
-            quantise=self.weight.eats_fp8, largest=largest, **group_options(groups),
+            quantise=self.weight.eats_fp8, largest=largest, groups=groups,
         )  # fmt: skip
 
     def gradients(self, down: torch.Tensor | None, up: torch.Tensor | None, groups: Groups | None) -> Gradients:
@@ -175,11 +175,6 @@ class Site:
     def rank_gradient(self, dy: torch.Tensor, low: torch.Tensor | None, groups: Groups | None) -> torch.Tensor | None:
         """The gradient of `up` from dy [M, O] and low = x A^T [M, n R]."""
         return None if low is None else ops.rank_gradient(dy, low, self.ends, groups)
-
-
-def group_options(groups: Groups | None) -> dict[str, Groups]:
-    """What an op is told of a pass of several adapters; of one adapter it is told nothing."""
-    return {} if groups is None else {"groups": groups}
 
 
 @torch.no_grad()

@@ -89,7 +89,7 @@ def _by_month(text: str, match: re.Match[str]) -> Iterator[Span]:
 
 
 def _initialed(text: str) -> Iterator[Span]:
-    if ". " not in text and "." not in text:
+    if "." not in text:
         return
     for match in _BEFORE.finditer(text):
         if kind_of(match.group(2)) in "lf?b" and not _no_person(text, match):
